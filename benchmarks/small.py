@@ -1,0 +1,269 @@
+"""The small protocol: train one method on real pictures on a CPU, evaluate it, append a row to results/small/rows.jsonl.
+
+    python benchmarks/small.py faster_rcnn                    # BCCD 320×240, about 20 minutes on one thread
+    python benchmarks/small.py tv_retinanet --lr .01 --seed 1
+    python benchmarks/small.py --speed faster_rcnn tv_faster_rcnn   # alternating steps in one process: the ratio that counts
+
+Both sides get the same pictures (uint8, cached after the resize) in the same order with the same flips, the same ImageNet
+MobileNetV2, the same loop and evaluator. MobileNetV2: normalisation statistics and affines frozen, every convolution trained.
+"""
+import argparse, datetime, json, os, platform, resource, sys, time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch, torchvision
+from torch import nn
+from torchvision.models import mobilenet_v2
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator as TvAnchors
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from notebook_det.data.coco import CocoDetection
+from notebook_det.data.loaders import make_loader
+from notebook_det.data.transforms import RandomFlip, Resize
+from notebook_det.evaluation.coco import CocoEvaluator
+from notebook_det.foundations.recipes import build
+from notebook_det.foundations.structures import Instances
+from notebook_det.backbones.mobilenet import from_torchvision
+from notebook_det.zoo import recipes as zoo
+
+SHARED, OUT, BATCH = ROOT.parent/"shared/data", ROOT/"benchmarks/results/small", 4
+WEIGHTS = SHARED/"weights/mobilenet_v2_1.0_224_quant_dequant_bnrecal_fp16.pth"
+
+@dataclass
+class Data:
+    "Where the pictures are, and what a detector must know about them."
+    folder:str; images:str; train:str; test:str
+    size:tuple             # (height, width) the pictures are resized to
+    classes:int
+    scale:int              # anchor size / stride of the two-stage methods
+    detections:int = 100   # per picture, also the evaluator's maxDets
+    masks:bool = False
+
+DATA = dict(
+    bccd=Data("bccd", "JPEGImages", "annotations_coco/instances_trainval.json", "annotations_coco/instances_test.json", (240, 320), 3, 8),
+    dsb=Data("dsb2018_mini", "images", "annotations/instances_train.json", "annotations/instances_val.json", (256, 256), 1, 2, 400, True))
+
+# ---- pictures
+
+class Cached(torch.utils.data.Dataset):
+    "A data set read and resized once, kept as uint8 in memory; the loader's seed decides on the flips, whatever the model draws."
+    def __init__(self, d, train):
+        folder = SHARED/d.folder
+        self.source = CocoDetection(folder/(d.train if train else d.test), folder/d.images, transforms=Resize(size=d.size), masks=d.masks)
+        self.items, self.flip = [self.source[i] for i in range(len(self.source))], RandomFlip(.5) if train else None
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.flip(*self.items[i]) if self.flip else self.items[i]
+
+def loader(d, train, seed): return make_loader(Cached(d, train), BATCH, train=train, workers=0, seed=seed, group_by_aspect=False)
+
+def endless(batches):
+    while True: yield from batches
+
+# ---- torchvision's models
+
+class Peer(nn.Module):
+    "A torchvision detector that takes Images and Instances as ours do; `first` is the number of its first class."
+    def __init__(self, model, first):
+        super().__init__()
+        self.model, self.first = model, first
+    def forward(self, images, targets=None):
+        pictures = [x[:, :h, :w].float()/255 for x,(h,w) in zip(images.tensor, images.sizes)]
+        if targets is not None:
+            return self.model(pictures, [dict(boxes=t.boxes, labels=t.labels + self.first, **({"masks": t.masks.to(torch.uint8)} if "masks" in t else {})) for t in targets])
+        return [self._instances(o, *s) for o,*s in zip(self.model(pictures), images.sizes, images.original_sizes or images.sizes)]
+    def _instances(self, o, size, original):
+        masks = {"masks": o["masks"][:,0] >= .5} if "masks" in o else {}
+        if masks and tuple(size) != tuple(original): raise NotImplementedError("masks at another size than the picture's own")
+        zoom = o["boxes"].new_tensor([original[1]/size[1], original[0]/size[0]]*2)
+        return Instances(o["boxes"]*zoom, o["labels"] - self.first, o["scores"], size=original, **masks)
+
+TAPS = {"3": 24, "6": 32, "13": 96, "17": 320} # block of MobileNetV2: channels, at strides 4, 8, 16, 32
+
+def tv_backbone(levels, extra):
+    net = mobilenet_v2(num_classes=1001, norm_layer=FrozenBatchNorm2d)
+    net.load_state_dict(torch.load(WEIGHTS, weights_only=True))
+    keep = list(TAPS)[-levels:]
+    return BackboneWithFPN(net.features, {k: k for k in keep}, [TAPS[k] for k in keep], 128, extra)
+
+def same(d): # x/127.5 - 1, and no resize: the pictures come at their size
+    return dict(image_mean=[.5]*3, image_std=[.5]*3, min_size=min(d.size), max_size=max(d.size), _skip_resize=True)
+
+def tv_two_stage(d, masks=False):
+    anchors = TvAnchors(tuple((s*d.scale,) for s in (4, 8, 16, 32, 64)), ((.5, 1., 2.),)*5)
+    options = dict(num_classes=d.classes + 1, rpn_anchor_generator=anchors, box_roi_pool=MultiScaleRoIAlign(list(TAPS), 7, 2), box_batch_size_per_image=128,
+                   rpn_post_nms_top_n_train=500, rpn_post_nms_top_n_test=500, box_detections_per_img=d.detections, **same(d))
+    if not masks: return Peer(FasterRCNN(tv_backbone(4, LastLevelMaxPool()), **options), first=1)
+    model = MaskRCNN(tv_backbone(4, LastLevelMaxPool()), mask_roi_pool=MultiScaleRoIAlign(list(TAPS), 14, 2), mask_head=MaskRCNNHeads(128, (128,)*4, 1), **options)
+    model.roi_heads.mask_predictor = MaskRCNNPredictor(128, 128, d.classes + 1) # as wide as the pyramid, on both sides
+    return Peer(model, first=1)
+
+def tv_retinanet(d):
+    sizes = tuple(tuple(s*2*2**(k/3) for k in range(3)) for s in (8, 16, 32, 64, 128))
+    return Peer(RetinaNet(tv_backbone(3, LastLevelP6P7(320, 128)), d.classes, anchor_generator=TvAnchors(sizes, ((.5, 1., 2.),)*5),
+                          detections_per_img=d.detections, **same(d)), first=0)
+
+# ---- ours
+
+def ours(d, family):
+    recipe = family(zoo.mobilenet_v2(), d.classes, pixels=zoo.tf_pixels(), out_channels=128)
+    if family is zoo.retinanet: recipe.bbox_head.anchors.octave_base_scale, recipe.bbox_head.rule.max_detections = 2, d.detections
+    else:
+        recipe.rpn_head.anchors.scales = (d.scale,)
+        recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 500
+        recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 128, d.detections
+    model = build(recipe)
+    model.backbone.load_state_dict(from_torchvision(torch.load(WEIGHTS, weights_only=True)))
+    return model
+
+@dataclass
+class Method:
+    build:callable
+    data:str
+    rate:float
+    iterations:int = 600
+    clip:float = 0         # largest gradient norm, 0: none
+
+METHODS = dict(
+    tv_faster_rcnn=Method(tv_two_stage, "bccd", .02), tv_retinanet=Method(tv_retinanet, "bccd", .01, 1200, 10.),
+    tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02),
+    faster_rcnn=Method(partial(ours, family=zoo.faster_rcnn), "bccd", .02), retinanet=Method(partial(ours, family=zoo.retinanet), "bccd", .01, 1200, 10.),
+    mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02))
+
+# ---- training and evaluation, the same for both sides
+
+def optimiser(model, rate, iterations, warmup=100):
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate, momentum=.9, weight_decay=1e-4)
+    return sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda i: min(1, (i+1)/warmup)*.1**sum(i >= f*iterations for f in (.75, .92)))
+
+def step(model, batch, sgd, clip=0):
+    "One step of a plain torchvision-style loop; returns its losses."
+    losses = model(*batch)
+    loss = sum(losses.values())
+    sgd.zero_grad()
+    loss.backward()
+    if clip: nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+    sgd.step()
+    return {k: float(v.detach()) for k,v in {**losses, "loss": loss}.items()}
+
+def timed(f, *a):
+    cpu, wall = time.process_time(), time.perf_counter()
+    r = f(*a)
+    return r, (time.process_time() - cpu, time.perf_counter() - wall)
+
+def train(model, batches, m, every=20):
+    sgd, schedule = optimiser(model, m.rate, m.iterations)
+    times, seen, curve, begin = [], [], [], time.perf_counter()
+    model.train()
+    for i,batch in zip(range(1, m.iterations + 1), endless(batches)):
+        losses, t = timed(step, model, batch, sgd, m.clip)
+        if losses["loss"] != losses["loss"] or losses["loss"] > 1e4: sys.exit(f"iteration {i}: the loss is {losses['loss']}; try a smaller --lr")
+        schedule.step(); times.append(t); seen.append(losses)
+        if i % every == 0 or i == m.iterations:
+            mean = {k: round(sum(s[k] for s in seen)/len(seen), 4) for k in losses}
+            curve.append(dict(iteration=i, lr=round(schedule.get_last_lr()[0], 6), **mean)); seen = []
+            left = (time.perf_counter() - begin)/i*(m.iterations - i)
+            print(f"{i}/{m.iterations}  " + "  ".join(f"{k} {v:.3f}" for k,v in mean.items()) + f"  {median(t[0] for t in times):.2f} s/it  {left/60:.1f} min left", flush=True)
+    return curve, times
+
+@torch.no_grad()
+def test(model, batches, d):
+    evaluator = CocoEvaluator(batches.dataset.source, kinds=("bbox", "segm") if d.masks else ("bbox",), max_detections=d.detections)
+    model.eval()
+    times, pictures = [], []
+    for images, targets in batches:
+        found, t = timed(model, images)
+        times.append([x/len(found) for x in t])
+        evaluator.update([t.image_id for t in targets], found)
+        pictures += list(zip(images.tensor, found))
+    return evaluator.compute(), times, pictures
+
+def draw(pictures, path, columns=3, limit=100_000):
+    "Six pictures with the detections above 0.5 as one PNG of at most 100 kB."
+    from PIL import Image
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+    colors, cells = ["#E69F00", "#0072B2", "#009E73"], []
+    for x,o in pictures[::max(1, len(pictures)//6)][:6]:
+        o = o[o.scores > .5]
+        zoom = torch.tensor([x.shape[2]/o.size[1], x.shape[1]/o.size[0]]*2)*2
+        x = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        c = [colors[k] for k in o.labels.tolist()]
+        if "masks" in o and len(o): x = draw_segmentation_masks(x, o.masks.repeat_interleave(2, 1).repeat_interleave(2, 2), .4, [colors[k%3] for k in range(len(o))])
+        cells.append(draw_bounding_boxes(x, o.boxes*zoom, colors=c, width=2) if len(o) else x)
+    grid = Image.fromarray(make_grid(cells, columns, 4).permute(1, 2, 0).numpy())
+    for width in range(1280, 300, -80):
+        small = grid.resize((width, width*grid.height//grid.width), Image.LANCZOS).quantize(64)
+        small.save(path, optimize=True)
+        if path.stat().st_size <= limit: break
+
+# ---- what is written down
+
+def setting(a):
+    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine()) if Path("/proc/cpuinfo").exists() else platform.machine()
+    return dict(seed=a.seed, threads=torch.get_num_threads(), machine=f"{cpu}, {os.cpu_count()} cores", command="python benchmarks/small.py " + " ".join(sys.argv[1:]),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__), date=f"{datetime.date.today()}")
+
+def seconds(name, times): return {f"{name}_{kind}": round(median(t[i] for t in times), 4) for i,kind in enumerate(("cpu", "wall"))}
+
+def make(name, a):
+    torch.manual_seed(a.seed)
+    return METHODS[name].build(DATA[METHODS[name].data])
+
+def run(name, a):
+    m = METHODS[name]
+    m = replace(m, rate=a.lr or m.rate, iterations=a.iterations or m.iterations, clip=m.clip if a.clip is None else a.clip)
+    d, stem = DATA[m.data], f"{name}_lr{m.rate:g}_i{m.iterations}_seed{a.seed}"
+    model = make(name, a)
+    print(f"{name}: {m.iterations} iterations of {BATCH}, rate {m.rate:g}, gradient norm at most {m.clip or 'anything'}, seed {a.seed}, {m.data}", flush=True)
+    curve, times = train(model, loader(d, True, a.seed), m)
+    metrics, test_times, pictures = test(model, loader(d, False, a.seed), d)
+    params = list(model.parameters())
+    OUT.mkdir(parents=True, exist_ok=True)
+    draw(pictures, OUT/f"{stem}.png")
+    row = dict(method=name, data=m.data, iterations=m.iterations, batch=BATCH, lr=m.rate, clip=m.clip, **{k: round(float(v), 4) for k,v in metrics.items()},
+               **seconds("s_per_iteration", times), **seconds("inference_s_per_image", test_times), peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024,
+               parameters=sum(p.numel() for p in params), trained=sum(p.numel() for p in params if p.requires_grad), run=stem, **setting(a))
+    (OUT/f"{stem}.curve.json").write_text(json.dumps(curve))
+    with open(OUT/"rows.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    if a.keep: Path(a.keep).mkdir(parents=True, exist_ok=True); torch.save(model.state_dict(), Path(a.keep)/f"{name}.pt")
+    print(json.dumps(row, indent=1))
+
+def speed(names, a, warm=3):
+    "Steps of both in turn in one process, so that what else the machine does hits both alike."
+    models, d, kept = [make(n, a) for n in names], DATA[METHODS[names[0]].data], [Path(a.keep or "")/f"{n}.pt" for n in names]
+    trained = bool(a.keep) and all(k.exists() for k in kept)
+    if trained: [m.load_state_dict(torch.load(k, weights_only=True)) for m,k in zip(models, kept)]
+    sgds, row = [optimiser(m, 1e-3, 10**6)[0] for m in models], dict(speed=names, pairs=a.pairs, trained=trained, batch=BATCH)
+    for what in ("iteration", "image"):
+        learn, times = what == "iteration", ([], [])
+        for i,batch in zip(range(warm + a.pairs), endless(loader(d, learn, a.seed))):
+            for k in (0, 1) if i % 2 else (1, 0):
+                models[k].train(learn)
+                with torch.set_grad_enabled(learn): _, t = timed(step, models[k], batch, sgds[k]) if learn else timed(models[k], batch[0])
+                if i >= warm: times[k].append([x if learn else x/len(batch[0]) for x in t])
+            print(f"{what} {i + 1}/{warm + a.pairs}", flush=True)
+        for n,t in zip(names, times): row[n] = row.get(n, {}) | seconds(f"s_per_{what}", t)
+        row |= {f"ratio_{what}_{kind}": round(median(p[j]/o[j] for o,p in zip(*times)), 3) for j,kind in enumerate(("cpu", "wall"))}
+    with open(OUT/"speed.jsonl", "a") as f: f.write(json.dumps(row | setting(a)) + "\n")
+    print(json.dumps(row, indent=1))
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("method", nargs="+", metavar="METHOD", help=", ".join(METHODS))
+    p.add_argument("--speed", action="store_true", help="METHOD and PEER in turn: ratio of time per iteration and per image (above 1: METHOD is faster)")
+    p.add_argument("--iterations", type=int); p.add_argument("--seed", type=int, default=0); p.add_argument("--lr", type=float)
+    p.add_argument("--clip", type=float, help="largest gradient norm; 0: none"); p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--pairs", type=int, default=12); p.add_argument("--keep", help="folder for the trained weights; --speed starts from them")
+    a = p.parse_args()
+    if unknown := [n for n in a.method if n not in METHODS]: p.error(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    torch.set_num_threads(a.threads)
+    if a.speed: speed(a.method, a)
+    else:
+        for n in a.method: run(n, a)
