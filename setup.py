@@ -1,5 +1,5 @@
 """`pip install -e .`: metadata from settings.ini, C++/CUDA operators from csrc/ (optional: without them the package runs on its readable references)."""
-import configparser, os, sys, sysconfig
+import configparser, hashlib, os, shutil, sys, sysconfig
 from pathlib import Path
 from setuptools import find_packages, setup
 
@@ -8,26 +8,46 @@ cfg = configparser.ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(ROOT/"settings.ini", encoding="utf-8")
 s = cfg["DEFAULT"]
 EDITABLE = "editable_wheel" in sys.argv or "develop" in sys.argv   # a checkout has csrc/ already; a wheel carries it for the first-import build
-ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"                  # LibTorch stable ABI of torch 2.11: one library for every later torch
+FLAGS = (ROOT/"csrc/flags.txt").read_text().split()
+
+
+def sources_hash():
+    "Of everything in csrc/, by name: it goes into the library, and the package does not load one built from other sources."
+    h = hashlib.sha1()
+    for p in sorted((ROOT/"csrc").iterdir(), key=lambda p: p.name):
+        if p.suffix in (".cpp", ".cu", ".h", ".txt"): h.update(p.name.encode() + p.read_bytes())
+    return h.hexdigest()[:16]
 
 
 def operators():
-    "Keyword arguments that build `notebook_det/_C*.so`; empty where torch is not importable or NOTEBOOK_DET_OPS=0."
+    "Keyword arguments that build `notebook_det/_C*.so`; empty without torch, without a compiler, or where NOTEBOOK_DET_OPS=0."
     if os.environ.get("NOTEBOOK_DET_OPS", "auto") == "0": return {}
     sys.path.append(sysconfig.get_path("purelib"))                # under build isolation: the torch of the target environment
     try: from torch.utils import cpp_extension as ext; import torch
-    except ImportError:
-        print("notebook_det: torch is not importable while building; operators are left to the first import", file=sys.stderr)
-        return {}
+    except ImportError: return later("torch is not importable while building")
+    if not shutil.which((os.environ.get("CXX") or "c++").split()[0]): return later("there is no C++ compiler (c++, or what CXX names)")
     want = os.environ.get("NOTEBOOK_DET_CUDA", "auto")            # 1 | 0 | auto
-    cuda = want == "1" or (want == "auto" and torch.cuda.is_available() and ext.CUDA_HOME is not None)
-    src = sorted(str(p.relative_to(ROOT)) for p in (ROOT/"csrc").rglob("*.cpp"))
-    if cuda: src += sorted(str(p.relative_to(ROOT)) for p in (ROOT/"csrc").rglob("*.cu"))
-    if not src: return {}
-    flags = {"cxx": ["-O3", "-g0", ABI], **({"nvcc": ["-O3", ABI, "-DUSE_CUDA"]} if cuda else {})}
+    src = sorted(str(p.relative_to(ROOT)) for p in (ROOT/"csrc").glob("*.cpp"))
+    cu = sorted(str(p.relative_to(ROOT)) for p in (ROOT/"csrc").glob("*.cu"))
+    cuda = cu and (want == "1" or (want == "auto" and torch.cuda.is_available() and ext.CUDA_HOME is not None))
+    made = [f"-DNDET_SOURCES={sources_hash()}"]                   # as notebook_det/ops/library.py reckons it
+    flags = {"cxx": FLAGS + ["-g0"] + made, **({"nvcc": ["-O3", FLAGS[-1], "-DUSE_CUDA"] + made} if cuda else {})}
+
+    class Build(ext.BuildExtension):
+        def build_extensions(self):
+            try: super().build_extensions()
+            except Exception as e:                                # a compiler that fails must not cost the whole package
+                if os.environ.get("NOTEBOOK_DET_OPS") == "1": raise
+                later(f"compiling failed ({e})")
+
     kind = ext.CUDAExtension if cuda else ext.CppExtension
-    return dict(ext_modules=[kind("notebook_det._C", src, extra_compile_args=flags, py_limited_api=True)],
-                cmdclass={"build_ext": ext.BuildExtension.with_options(use_ninja=True)})
+    one = kind("notebook_det._C", src + (cu if cuda else []), extra_compile_args=flags, py_limited_api=True, optional=True)
+    return dict(ext_modules=[one], cmdclass={"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)})
+
+
+def later(why):
+    print(f"notebook_det: {why}; operators are left to the first import", file=sys.stderr)
+    return {}
 
 
 setup(
@@ -35,7 +55,7 @@ setup(
     long_description=(ROOT/"README.md").read_text(encoding="utf-8") if (ROOT/"README.md").exists() else "",
     long_description_content_type="text/markdown", python_requires=">=" + s["min_python"],
     packages=find_packages(include=["notebook_det", "notebook_det.*"]) + ([] if EDITABLE else ["notebook_det._csrc"]),
-    package_dir={} if EDITABLE else {"notebook_det._csrc": "csrc"}, package_data={"": ["*.cpp", "*.cu", "*.h", "*.csv", "*.json"]},
+    package_dir={} if EDITABLE else {"notebook_det._csrc": "csrc"}, package_data={"": ["*.cpp", "*.cu", "*.h", "*.csv", "*.json"], "notebook_det._csrc": ["*.txt"]},
     install_requires=s.get("requirements", "").split(),
     extras_require={"dev": s.get("dev_requirements", "").split()},
     entry_points={"nbdev": [f"{s['lib_name']}={s['lib_path']}._modidx:d"], "console_scripts": s.get("console_scripts", "").split()},

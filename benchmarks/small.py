@@ -2,12 +2,13 @@
 
     python benchmarks/small.py faster_rcnn                    # BCCD 320×240, about 20 minutes on one thread
     python benchmarks/small.py tv_retinanet --lr .01 --seed 1
+    python benchmarks/small.py tv_retinanet --sweep           # 120 iterations at each of four rates, into sweep.jsonl
     python benchmarks/small.py --speed faster_rcnn tv_faster_rcnn   # alternating steps in one process: the ratio that counts
 
 Both sides get the same pictures (uint8, cached after the resize) in the same order with the same flips, the same ImageNet
 MobileNetV2, the same loop and evaluator. MobileNetV2: normalisation statistics and affines frozen, every convolution trained.
 """
-import argparse, datetime, json, os, platform, resource, sys, time
+import argparse, datetime, json, math, os, platform, re, resource, sys, time, zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from statistics import median
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch, torchvision
 from torch import nn
+from PIL import Image
 from torchvision.models import mobilenet_v2
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TvAnchors
@@ -22,18 +24,21 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from notebook_det.data.coco import CocoDetection
 from notebook_det.data.loaders import make_loader
 from notebook_det.data.transforms import RandomFlip, Resize
-from notebook_det.evaluation.coco import CocoEvaluator
+from notebook_det.evaluation.coco import CocoEvaluator, per_class, summary
 from notebook_det.foundations.recipes import build
 from notebook_det.foundations.structures import Instances
 from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.zoo import recipes as zoo
 
+COLORS = "#E69F00", "#0072B2", "#009E73"   # RBC or nuclei, WBC, platelets
+RATES = (.005, .01, .02, .04)
 SHARED, OUT, BATCH = ROOT.parent/"shared/data", ROOT/"benchmarks/results/small", 4
 WEIGHTS = SHARED/"weights/mobilenet_v2_1.0_224_quant_dequant_bnrecal_fp16.pth"
 
@@ -41,10 +46,9 @@ WEIGHTS = SHARED/"weights/mobilenet_v2_1.0_224_quant_dequant_bnrecal_fp16.pth"
 class Data:
     "Where the pictures are, and what a detector must know about them."
     folder:str; images:str; train:str; test:str
-    size:tuple             # (height, width) the pictures are resized to
-    classes:int
-    scale:int              # anchor size / stride of the two-stage methods
-    detections:int = 100   # per picture, also the evaluator's maxDets
+    size:tuple                     # (height, width) the pictures are resized to
+    classes:int; scale:int         # anchor size / stride of the two-stage methods
+    detections:int = 100           # per picture, also the evaluator's maxDets
     masks:bool = False
 
 DATA = dict(
@@ -63,10 +67,8 @@ class Cached(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.flip(*self.items[i]) if self.flip else self.items[i]
 
 def loader(d, train, seed): return make_loader(Cached(d, train), BATCH, train=train, workers=0, seed=seed, group_by_aspect=False)
-
 def endless(batches):
     while True: yield from batches
-
 # ---- torchvision's models
 
 class Peer(nn.Module):
@@ -77,20 +79,21 @@ class Peer(nn.Module):
     def forward(self, images, targets=None):
         pictures = [x[:, :h, :w].float()/255 for x,(h,w) in zip(images.tensor, images.sizes)]
         if targets is not None:
-            return self.model(pictures, [dict(boxes=t.boxes, labels=t.labels + self.first, **({"masks": t.masks.to(torch.uint8)} if "masks" in t else {})) for t in targets])
+            masks = lambda t: {"masks": t.masks.to(torch.uint8)} if "masks" in t else {}
+            return self.model(pictures, [dict(boxes=t.boxes, labels=t.labels + self.first, **masks(t)) for t in targets])
         return [self._instances(o, *s) for o,*s in zip(self.model(pictures), images.sizes, images.original_sizes or images.sizes)]
     def _instances(self, o, size, original):
         masks = {"masks": o["masks"][:,0] >= .5} if "masks" in o else {}
-        if masks and tuple(size) != tuple(original): raise NotImplementedError("masks at another size than the picture's own")
+        assert not masks or tuple(size) == tuple(original), "masks at another size than the picture's own"
         zoom = o["boxes"].new_tensor([original[1]/size[1], original[0]/size[0]]*2)
         return Instances(o["boxes"]*zoom, o["labels"] - self.first, o["scores"], size=original, **masks)
 
 TAPS = {"3": 24, "6": 32, "13": 96, "17": 320} # block of MobileNetV2: channels, at strides 4, 8, 16, 32
+def imagenet(): return torch.load(WEIGHTS, weights_only=True)
 
 def tv_backbone(levels, extra):
-    net = mobilenet_v2(num_classes=1001, norm_layer=FrozenBatchNorm2d)
-    net.load_state_dict(torch.load(WEIGHTS, weights_only=True))
-    keep = list(TAPS)[-levels:]
+    net, keep = mobilenet_v2(num_classes=1001, norm_layer=FrozenBatchNorm2d), list(TAPS)[-levels:]
+    net.load_state_dict(imagenet())
     return BackboneWithFPN(net.features, {k: k for k in keep}, [TAPS[k] for k in keep], 128, extra)
 
 def same(d): # x/127.5 - 1, and no resize: the pictures come at their size
@@ -120,26 +123,24 @@ def ours(d, family):
         recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 500
         recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 128, d.detections
     model = build(recipe)
-    model.backbone.load_state_dict(from_torchvision(torch.load(WEIGHTS, weights_only=True)))
+    own = model.backbone.state_dict()
+    model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own}) # all but the last convolution, which is not used
     return model
 
 @dataclass
 class Method:
-    build:callable
-    data:str
-    rate:float
-    iterations:int = 600
-    clip:float = 0         # largest gradient norm, 0: none
+    build:callable; data:str; rate:float; iterations:int = 600
+    clip:float = 10. # largest gradient norm, 0: none
 
 METHODS = dict(
-    tv_faster_rcnn=Method(tv_two_stage, "bccd", .02), tv_retinanet=Method(tv_retinanet, "bccd", .01, 1200, 10.),
-    tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02),
-    faster_rcnn=Method(partial(ours, family=zoo.faster_rcnn), "bccd", .02), retinanet=Method(partial(ours, family=zoo.retinanet), "bccd", .01, 1200, 10.),
-    mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02))
+    faster_rcnn=Method(partial(ours, family=zoo.faster_rcnn), "bccd", .02), tv_faster_rcnn=Method(tv_two_stage, "bccd", .02),
+    retinanet=Method(partial(ours, family=zoo.retinanet), "bccd", .02, 1200), tv_retinanet=Method(tv_retinanet, "bccd", .02, 1200),
+    mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
 
 # ---- training and evaluation, the same for both sides
 
-def optimiser(model, rate, iterations, warmup=100):
+def optimiser(model, rate, iterations):
+    warmup = min(100, 1 + iterations//3)
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate, momentum=.9, weight_decay=1e-4)
     return sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda i: min(1, (i+1)/warmup)*.1**sum(i >= f*iterations for f in (.75, .92)))
 
@@ -149,91 +150,101 @@ def step(model, batch, sgd, clip=0):
     loss = sum(losses.values())
     sgd.zero_grad()
     loss.backward()
-    if clip: nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+    if clip: nn.utils.clip_grad_norm_([p for g in sgd.param_groups for p in g["params"]], clip)
     sgd.step()
     return {k: float(v.detach()) for k,v in {**losses, "loss": loss}.items()}
 
-def timed(f, *a):
+def timed(f, *a): # its result, and (CPU, wall) seconds
     cpu, wall = time.process_time(), time.perf_counter()
     r = f(*a)
     return r, (time.process_time() - cpu, time.perf_counter() - wall)
 
 def train(model, batches, m, every=20):
     sgd, schedule = optimiser(model, m.rate, m.iterations)
-    times, seen, curve, begin = [], [], [], time.perf_counter()
+    times, seen, curve, begin, crc = [], [], [], time.perf_counter(), 0
     model.train()
     for i,batch in zip(range(1, m.iterations + 1), endless(batches)):
+        crc = zlib.crc32(batch[0].tensor.numpy(), crc)
         losses, t = timed(step, model, batch, sgd, m.clip)
-        if losses["loss"] != losses["loss"] or losses["loss"] > 1e4: sys.exit(f"iteration {i}: the loss is {losses['loss']}; try a smaller --lr")
-        schedule.step(); times.append(t); seen.append(losses)
+        if not losses["loss"] < 1e4: raise FloatingPointError(f"iteration {i}: the loss is {losses['loss']}; try a smaller --lr")
+        times.append(t); seen.append(losses)
         if i % every == 0 or i == m.iterations:
             mean = {k: round(sum(s[k] for s in seen)/len(seen), 4) for k in losses}
             curve.append(dict(iteration=i, lr=round(schedule.get_last_lr()[0], 6), **mean)); seen = []
-            left = (time.perf_counter() - begin)/i*(m.iterations - i)
-            print(f"{i}/{m.iterations}  " + "  ".join(f"{k} {v:.3f}" for k,v in mean.items()) + f"  {median(t[0] for t in times):.2f} s/it  {left/60:.1f} min left", flush=True)
-    return curve, times
+            left = (time.perf_counter() - begin)/i*(m.iterations - i)/60
+            print(f"{i}/{m.iterations}", *(f"{k} {v:.3f}" for k,v in mean.items()), f"{median(t[0] for t in times):.2f} s/it", f"{left:.1f} min left", sep="  ", flush=True)
+        schedule.step()
+    return curve, times, crc
 
 @torch.no_grad()
 def test(model, batches, d):
     evaluator = CocoEvaluator(batches.dataset.source, kinds=("bbox", "segm") if d.masks else ("bbox",), max_detections=d.detections)
-    model.eval()
     times, pictures = [], []
-    for images, targets in batches:
+    model.eval()
+    for images,targets in batches:
         found, t = timed(model, images)
         times.append([x/len(found) for x in t])
         evaluator.update([t.image_id for t in targets], found)
-        pictures += list(zip(images.tensor, found))
-    return evaluator.compute(), times, pictures
+        pictures += list(zip(images.tensor, images.sizes, found))
+    short = lambda row, head="": {head + k: round(row[k], 4) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl") if not math.isnan(row[k])}
+    metrics = {}
+    for kind,ev in evaluator.matched().items():
+        head = "" if kind == "bbox" else "mask_"
+        metrics |= short(summary(ev), head) | {head + "per_class": {c: short(r) for c,r in per_class(evaluator, kind).items()}}
+    return metrics, times, pictures
 
-def draw(pictures, path, columns=3, limit=100_000):
-    "Six pictures with the detections above 0.5 as one PNG of at most 100 kB."
-    from PIL import Image
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
-    colors, cells = ["#E69F00", "#0072B2", "#009E73"], []
-    for x,o in pictures[::max(1, len(pictures)//6)][:6]:
-        o = o[o.scores > .5]
-        zoom = torch.tensor([x.shape[2]/o.size[1], x.shape[1]/o.size[0]]*2)*2
-        x = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
-        c = [colors[k] for k in o.labels.tolist()]
-        if "masks" in o and len(o): x = draw_segmentation_masks(x, o.masks.repeat_interleave(2, 1).repeat_interleave(2, 2), .4, [colors[k%3] for k in range(len(o))])
-        cells.append(draw_bounding_boxes(x, o.boxes*zoom, colors=c, width=2) if len(o) else x)
-    grid = Image.fromarray(make_grid(cells, columns, 4).permute(1, 2, 0).numpy())
+def draw(pictures, path, limit=100_000):
+    "Six test pictures with the detections above 0.5, as one PNG of at most 100 kB."
+    twice, cells = lambda x: x.repeat_interleave(2, -2).repeat_interleave(2, -1), []
+    for x,(h,w),o in pictures[::max(1, len(pictures)//6)][:6]:
+        o, x = o[o.scores > .5], twice(x[:, :h, :w])
+        zoom = torch.tensor([2*w/o.size[1], 2*h/o.size[0]]*2)
+        if "masks" in o and len(o): x = draw_segmentation_masks(x, twice(o.masks), .4, [COLORS[k%3] for k in range(len(o))])
+        cells.append(draw_bounding_boxes(x, o.boxes*zoom, colors=[COLORS[k] for k in o.labels.tolist()], width=2) if len(o) else x)
+    grid = Image.fromarray(make_grid(cells, 3, 4).permute(1, 2, 0).numpy())
     for width in range(1280, 300, -80):
-        small = grid.resize((width, width*grid.height//grid.width), Image.LANCZOS).quantize(64)
-        small.save(path, optimize=True)
+        grid.resize((width, width*grid.height//grid.width), Image.LANCZOS).quantize(64).save(path, optimize=True)
         if path.stat().st_size <= limit: break
 
 # ---- what is written down
 
 def setting(a):
-    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine()) if Path("/proc/cpuinfo").exists() else platform.machine()
-    return dict(seed=a.seed, threads=torch.get_num_threads(), machine=f"{cpu}, {os.cpu_count()} cores", command="python benchmarks/small.py " + " ".join(sys.argv[1:]),
-                versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__), date=f"{datetime.date.today()}")
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*: (.*)|$", info)[1] or platform.machine()
+    return dict(seed=a.seed, threads=torch.get_num_threads(), machine=f"{cpu}, {os.cpu_count()} cores",
+                versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__),
+                command=re.sub(r" --keep[ =]\S+", "", " ".join(["python benchmarks/small.py", *sys.argv[1:]])), date=f"{datetime.date.today()}")
 
 def seconds(name, times): return {f"{name}_{kind}": round(median(t[i] for t in times), 4) for i,kind in enumerate(("cpu", "wall"))}
+
+def append(row, file):
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT/file, "a") as f: f.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1), flush=True)
 
 def make(name, a):
     torch.manual_seed(a.seed)
     return METHODS[name].build(DATA[METHODS[name].data])
 
-def run(name, a):
+def run(name, a, rate):
     m = METHODS[name]
-    m = replace(m, rate=a.lr or m.rate, iterations=a.iterations or m.iterations, clip=m.clip if a.clip is None else a.clip)
-    d, stem = DATA[m.data], f"{name}_lr{m.rate:g}_i{m.iterations}_seed{a.seed}"
-    model = make(name, a)
+    m = replace(m, rate=rate or m.rate, iterations=a.iterations or (120 if a.sweep else m.iterations), clip=m.clip if a.clip is None else a.clip)
+    d, model, row = DATA[m.data], make(name, a), dict(method=name, data=m.data, iterations=m.iterations, batch=BATCH, lr=m.rate, clip=m.clip, **setting(a))
     print(f"{name}: {m.iterations} iterations of {BATCH}, rate {m.rate:g}, gradient norm at most {m.clip or 'anything'}, seed {a.seed}, {m.data}", flush=True)
-    curve, times = train(model, loader(d, True, a.seed), m)
+    try: curve, times, crc = train(model, loader(d, True, a.seed), m)
+    except FloatingPointError as e:
+        if a.sweep: return append(row | dict(failed=str(e)), "sweep.jsonl")
+        sys.exit(f"{name}: {e}")
     metrics, test_times, pictures = test(model, loader(d, False, a.seed), d)
-    params = list(model.parameters())
-    OUT.mkdir(parents=True, exist_ok=True)
+    params, stem = list(model.parameters()), f"{name}_lr{m.rate:g}_clip{m.clip:g}_i{m.iterations}_seed{a.seed}"
+    row |= dict(**metrics, loss=curve[-1]["loss"], **seconds("s_per_iteration", times), **seconds("inference_s_per_image", test_times),
+                peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, parameters=sum(p.numel() for p in params),
+                trained=sum(p.numel() for p in params if p.requires_grad), pictures_crc=crc, run=stem)
+    append(row, "sweep.jsonl" if a.sweep else "rows.jsonl")
+    if a.sweep: return
     draw(pictures, OUT/f"{stem}.png")
-    row = dict(method=name, data=m.data, iterations=m.iterations, batch=BATCH, lr=m.rate, clip=m.clip, **{k: round(float(v), 4) for k,v in metrics.items()},
-               **seconds("s_per_iteration", times), **seconds("inference_s_per_image", test_times), peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024,
-               parameters=sum(p.numel() for p in params), trained=sum(p.numel() for p in params if p.requires_grad), run=stem, **setting(a))
     (OUT/f"{stem}.curve.json").write_text(json.dumps(curve))
-    with open(OUT/"rows.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
     if a.keep: Path(a.keep).mkdir(parents=True, exist_ok=True); torch.save(model.state_dict(), Path(a.keep)/f"{name}.pt")
-    print(json.dumps(row, indent=1))
 
 def speed(names, a, warm=3):
     "Steps of both in turn in one process, so that what else the machine does hits both alike."
@@ -251,19 +262,17 @@ def speed(names, a, warm=3):
             print(f"{what} {i + 1}/{warm + a.pairs}", flush=True)
         for n,t in zip(names, times): row[n] = row.get(n, {}) | seconds(f"s_per_{what}", t)
         row |= {f"ratio_{what}_{kind}": round(median(p[j]/o[j] for o,p in zip(*times)), 3) for j,kind in enumerate(("cpu", "wall"))}
-    with open(OUT/"speed.jsonl", "a") as f: f.write(json.dumps(row | setting(a)) + "\n")
-    print(json.dumps(row, indent=1))
+    append(row | setting(a), "speed.jsonl")
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("method", nargs="+", metavar="METHOD", help=", ".join(METHODS))
+    p.add_argument("method", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     p.add_argument("--speed", action="store_true", help="METHOD and PEER in turn: ratio of time per iteration and per image (above 1: METHOD is faster)")
+    p.add_argument("--sweep", action="store_true", help="120 iterations at each of the rates " + ", ".join(map(str, RATES)))
     p.add_argument("--iterations", type=int); p.add_argument("--seed", type=int, default=0); p.add_argument("--lr", type=float)
     p.add_argument("--clip", type=float, help="largest gradient norm; 0: none"); p.add_argument("--threads", type=int, default=1)
     p.add_argument("--pairs", type=int, default=12); p.add_argument("--keep", help="folder for the trained weights; --speed starts from them")
     a = p.parse_args()
-    if unknown := [n for n in a.method if n not in METHODS]: p.error(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     torch.set_num_threads(a.threads)
     if a.speed: speed(a.method, a)
-    else:
-        for n in a.method: run(n, a)
+    else: [run(n, a, rate) for n in a.method for rate in (RATES if a.sweep else [a.lr])]

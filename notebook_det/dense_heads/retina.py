@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RetinaHead']
 
-# %% ../../nbs/08_dense_heads/03_retina.ipynb #584f6fcc
+# %% ../../nbs/08_dense_heads/03_retina.ipynb #a2ead3b8
+from dataclasses import replace
 from torch import nn
 from .base import AnchorHead, dense_detections, flat
-from ..losses.classification import full
 from ..ops.detections import DetectionRule
 from ..foundations.structures import part
 from ..layers.conv import ConvNormAct, init_weights, normal, prior_bias
@@ -25,7 +25,7 @@ class RetinaHead(AnchorHead):
                  rule=DetectionRule(.05, 1000, .5, 100),
                  prior_prob=.01):    # every anchor starts out this sure of an object: else the first losses explode
         super().__init__(num_classes, anchors, coder, assigner, loss_cls, loss_bbox, sampler, allowed_border)
-        self.channels, self.rule = num_classes, rule
+        self.channels, self.rule = num_classes, replace(rule) # a copy: the default belongs to nobody
         tower = lambda: nn.ModuleList([ConvNormAct(in_channels if i == 0 else feat_channels, feat_channels, 3, padding=1)
                                        for i in range(stacked_convs)])
         self.cls_convs, self.reg_convs = tower(), tower()
@@ -45,6 +45,6 @@ class RetinaHead(AnchorHead):
 
     def predict(self, raw, sizes, trace=None): # → list of Instances in network coordinates
         levels = self.priors(raw["cls"])
-        cls, box = [full(flat(x, self.num_classes)).sigmoid() for x in raw["cls"]], [full(flat(x, 4)) for x in raw["box"]]
+        cls, box = [flat(x, self.num_classes) for x in raw["cls"]], [flat(x, 4) for x in raw["box"]]
         return [dense_detections([(c[i], b[i], p) for c,b,p in zip(cls, box, levels)], self.coder, size, self.rule,
                                  part(trace, f"image {i}")) for i,size in enumerate(sizes)]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RPNHead', 'propose']
 
-# %% ../../nbs/08_dense_heads/02_rpn.ipynb #6fe28a8a
+# %% ../../nbs/08_dense_heads/02_rpn.ipynb #d2f30c99
+from dataclasses import replace
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -30,7 +31,7 @@ class RPNHead(AnchorHead):
                  train_rule=ProposalRule(2000, 1000),  # proposals that a second stage trains on
                  test_rule=ProposalRule(1000, 1000)):
         super().__init__(1, anchors, coder, assigner, loss_cls, loss_bbox, sampler, allowed_border)
-        self.train_rule, self.test_rule = train_rule, test_rule
+        self.train_rule, self.test_rule = replace(train_rule), replace(test_rule) # copies: a default belongs to nobody
         self.rpn_conv = nn.Conv2d(in_channels, feat_channels, 3, padding=1)
         self.rpn_cls = nn.Conv2d(feat_channels, anchors.per_cell, 1)
         self.rpn_reg = nn.Conv2d(feat_channels, anchors.per_cell * 4, 1)

@@ -13,7 +13,12 @@ from ..foundations.structures import part
 # %% ../../nbs/10_detectors/02_two_stage.ipynb #twostage
 class TwoStage(Detector):
     "Features → proposals → RoI features → losses or detections."
-    def __init__(self, backbone, neck, rpn_head, roi_head, normalize=None, test_scale=(1333, 800), classes=None):
+    def __init__(self,
+                 backbone, neck,          # neck: None for the C4 and DC5 variants
+                 rpn_head, roi_head,
+                 normalize=None,          # None: RGB with torchvision's ImageNet statistics
+                 test_scale=(1333, 800),  # `predict` fits pictures into (longest, shortest) side; None: as they are
+                 classes=None):           # names of the classes, if known
         self.num_classes = roi_head.num_classes
         if getattr(roi_head, "mask_head", None) is not None: self.needs = ("boxes", "labels", "masks")
         super().__init__(backbone, neck, normalize, test_scale, classes)

@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from .hooks import Hook, Priority
 
 # %% ../../nbs/12_engine/03_optim.ipynb #named-kinds
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
-def named_kinds(model):
+def named_kinds(model:nn.Module):
     "Each trainable parameter once: (name, parameter, 'norm' | 'bias' | 'weight')."
     seen = set()
     for prefix, m in model.named_modules():
@@ -27,8 +27,11 @@ def named_kinds(model):
             yield name, p, "norm" if isinstance(m, NORMS) else "bias" if name.endswith("bias") else "weight"
 
 # %% ../../nbs/12_engine/03_optim.ipynb #longest-prefix
-def longest_prefix(name, prefixes):
-    "The longest of the prefixes that begins this name at a dot: `backbone.layer1` begins `backbone.layer1.0.conv1`, not `backbone.layer10`."
+def longest_prefix(
+    name,     # of a parameter
+    prefixes, # whole parts of names: `backbone`, `backbone.layer1`; an empty one begins every name
+):
+    "The longest of the prefixes that begins this name; None if none does."
     return max((p for p in prefixes if p == "" or name == p or name.startswith(p + ".")), key=len, default=None)
 
 # %% ../../nbs/12_engine/03_optim.ipynb #param-groups
@@ -39,9 +42,9 @@ def param_groups(
     *, bias_lr=1.,        # multiplies the rate of biases (not those of norm layers)
     bias_decay=1.,        # multiplies their weight decay
     norm_decay=1.,        # multiplies the weight decay of norm layers
-    modules=None,         # {prefix of names: multiplier of the rate, or (of the rate, of the decay)}; the longest prefix counts
+    modules=None,         # {beginning of names: multiplier of the rate, or a pair (of the rate, of the decay)}
 )->list:
-    "Trainable parameters grouped by rate and decay, as torch's optimisers take them; frozen ones are left out."
+    "Trainable parameters grouped by rate and decay, as torch's optimisers take them."
     modules = {k: v if isinstance(v, (tuple, list)) else (v, 1.) for k, v in (modules or {}).items()}
     groups, used = {}, set()
     for name, p, kind in named_kinds(model):
@@ -51,16 +54,17 @@ def param_groups(
         rate = lr * m_lr * (bias_lr if kind == "bias" else 1.)
         decay = weight_decay * m_decay * {"bias": bias_decay, "norm": norm_decay, "weight": 1.}[kind]
         groups.setdefault((rate, decay), []).append((name, p))
-    if modules.keys() - used: raise ValueError(f"no trainable parameter's name begins with {', '.join(map(repr, sorted(modules.keys() - used)))}")
+    unused = sorted(modules.keys() - used)
+    if unused: raise ValueError(f"no trainable parameter's name begins with {', '.join(map(repr, unused))}")
     if not groups: raise ValueError("the model has no trainable parameter")
     return [{"params": named, "lr": rate, "initial_lr": rate, "weight_decay": decay} for (rate, decay), named in groups.items()]
 
 # %% ../../nbs/12_engine/03_optim.ipynb #sgd
-def sgd(model, lr=.02, momentum=.9, weight_decay=1e-4, nesterov=False, **groups)->torch.optim.SGD:
-    "Stochastic gradient descent as the paper uses it; `groups` go to `param_groups`."
+def sgd(model:nn.Module, lr=.02, momentum=.9, weight_decay=1e-4, nesterov=False, **groups)->torch.optim.SGD:
+    "Stochastic gradient descent; `groups` go to `param_groups`."
     return torch.optim.SGD(param_groups(model, lr, weight_decay, **groups), lr=lr, momentum=momentum, nesterov=nesterov)
 
-def adamw(model, lr=1e-4, betas=(.9, .999), weight_decay=.05, **groups)->torch.optim.AdamW:
+def adamw(model:nn.Module, lr=1e-4, betas=(.9, .999), weight_decay=.05, **groups)->torch.optim.AdamW:
     "AdamW; `groups` go to `param_groups`."
     return torch.optim.AdamW(param_groups(model, lr, weight_decay, **groups), lr=lr, betas=betas)
 
@@ -70,28 +74,28 @@ def param_table(
     optimizer,
     full=False,       # one row per parameter instead of one per group
 )->str:
-    "Which parameter got what rate and decay; the last row counts the frozen ones."
-    names = {id(p): n for n, p in model.named_parameters()}
+    "Which parameter got what rate and decay."
+    names, inside = {id(p): n for n, p in model.named_parameters()}, {id(p) for g in optimizer.param_groups for p in g["params"]}
     rows = []
     for g in optimizer.param_groups:
-        lr, decay = g.get("initial_lr", g["lr"]), g.get("weight_decay", 0.)
-        if full: rows += [(f"{lr:g}", f"{decay:g}", "1", f"{p.numel():,}", names.get(id(p), "?")) for p in g["params"]]
-        else: rows.append((f"{lr:g}", f"{decay:g}", str(len(g["params"])), f"{sum(p.numel() for p in g['params']):,}", _some([names.get(id(p), "?") for p in g["params"]])))
-    inside = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    out = [(n, p) for n, p in model.named_parameters() if id(p) not in inside]
-    if out: rows.append(("frozen", "", str(len(out)), f"{sum(p.numel() for _, p in out):,}", _some([n for n, _ in out])))
-    return _table(("rate", "decay", "tensors", "numbers", "which"), rows)
-
-# %% ../../nbs/12_engine/03_optim.ipynb #some
-def _some(names): return ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
-def _table(head, rows): # columns of numbers to the right, the last one to the left
-    widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head) - 1)]
+        rates = f"{g.get('initial_lr', g['lr']):g}", f"{g.get('weight_decay', 0.):g}"
+        rows += [(*rates, *r) for r in _rows([(names.get(id(p), "?"), p) for p in g["params"]], full)]
+    for kind, frozen in (("frozen", True), ("left out", False)):
+        rest = [(n, p) for n, p in model.named_parameters() if id(p) not in inside and p.requires_grad != frozen]
+        if rest: rows += [(kind, "", *r) for r in _rows(rest, full)]
+    head = ("rate", "decay", "tensors", "numbers", "which")
+    widths = [max(len(r[i]) for r in (head, *rows)) for i in range(4)]
     return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(r, widths)), r[-1]]) for r in (head, *rows))
+
+def _rows(named, full): # (tensors, numbers, names) of one group, or of each of its parameters
+    if full: return [("1", f"{p.numel():,}", n) for n, p in named]
+    some = [n for n, _ in named[:3]] + (["…"] if len(named) > 4 else []) + ([named[-1][0]] if len(named) > 3 else [])
+    return [(str(len(named)), f"{sum(p.numel() for _, p in named):,}", ", ".join(some))]
 
 # %% ../../nbs/12_engine/03_optim.ipynb #stepdecay
 @dataclass
 class StepDecay:
-    "Times gamma at every milestone: epochs (or iterations) counted from 0, so 8 means from the ninth epoch on."
+    "Times `gamma` at every milestone; 8 means from the ninth epoch on."
     milestones:tuple
     gamma:float = .1
     def __call__(self, t, total): return self.gamma ** sum(t >= m for m in self.milestones)
@@ -115,11 +119,10 @@ def warmup_factor(
     kind="linear",      # or "constant" or "exp"
 )->float:
     "What the regular rate is multiplied with at the beginning of a run."
+    if kind not in ("linear", "constant", "exp"): raise ValueError(f"warm-up is 'linear', 'constant' or 'exp', not {kind!r}")
     if i >= length: return 1.
     if kind == "linear": return 1 - (1 - i / length) * (1 - ratio)
-    if kind == "constant": return ratio
-    if kind == "exp": return ratio ** (1 - i / length)
-    raise ValueError(f"warm-up is 'linear', 'constant' or 'exp', not {kind!r}")
+    return ratio if kind == "constant" else ratio ** (1 - i / length)
 
 # %% ../../nbs/12_engine/03_optim.ipynb #schedule
 class Schedule(Hook):
@@ -132,17 +135,27 @@ class Schedule(Hook):
                  warmup_ratio=.001,
                  warmup_kind="linear"):
         if by not in ("epoch", "iteration"): raise ValueError(f"a schedule counts by 'epoch' or 'iteration', not {by!r}")
-        warmup_factor(0, 1, warmup_ratio, warmup_kind)
+        warmup_factor(0, 0, kind=warmup_kind)
         self.decay, self.by, self.warmup, self.warmup_ratio, self.warmup_kind = decay, by, warmup, warmup_ratio, warmup_kind
 
-    def factor(self, iteration, epoch_length, total): # total: iterations of the whole run
+    def factor(self,
+               iteration,      # from 0
+               epoch_length,   # iterations in an epoch
+               total):         # iterations in the run
+        "What every group's rate is multiplied with."
         t, n = (iteration, total) if self.by == "iteration" else (iteration // epoch_length, -(-total // epoch_length))
         return self.decay(t, n) * warmup_factor(iteration, self.warmup, self.warmup_ratio, self.warmup_kind)
+
     def before_train_iter(self, runner):
         f = self.factor(runner.iter, len(runner.loader) if self.by == "epoch" else 1, runner.max_iterations)
         for g in runner.optimizer.param_groups: g["lr"] = g.setdefault("initial_lr", g["lr"]) * f
 
 # %% ../../nbs/12_engine/03_optim.ipynb #lr-curve
-def lr_curve(schedule:Schedule, lr:float, iterations:int, epoch_length=None)->list:
-    "The rate at every iteration of a run: to plot before spending a week on it."
+def lr_curve(
+    schedule:Schedule,
+    lr:float,           # of a group
+    iterations:int,     # of the whole run
+    epoch_length=None,  # iterations in an epoch; None: all
+)->list:
+    "The rate at every iteration of a run."
     return [lr * schedule.factor(i, epoch_length or iterations, iterations) for i in range(iterations)]

@@ -4,58 +4,65 @@
 
 # %% auto #0
 __all__ = ['to_device', 'default_step', 'total_loss', 'seed_everything', 'rng_state', 'set_rng_state', 'keep_rng', 'Position',
-           'Runner', 'run', 'train_epoch', 'batches', 'validate', 'OptimizerStep', 'runner_state', 'load_runner_state']
+           'Runner', 'loader_length', 'tell_epoch', 'order_keeper', 'run', 'train_epoch', 'batches', 'validate',
+           'OptimizerStep', 'bare', 'runner_meta', 'runner_state', 'load_runner_state']
 
-# %% ../../nbs/12_engine/02_runner.ipynb #db8f279b
-import random, time
+# %% ../../nbs/12_engine/02_runner.ipynb #edbfc099
+import random, time, warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
-from .hooks import Hook, Priority, Timeline
+from .hooks import Hook, Priority, Timeline, draw_timeline, hook_name, timeline_text
 
 # %% ../../nbs/12_engine/02_runner.ipynb #to-device
-def to_device(x, device):
-    "Move whatever has a `.to`, also inside tuples, lists and dicts; leave the rest as it is."
-    if hasattr(x, "to"): return x.to(device, non_blocking=True)
-    if isinstance(x, Mapping): return type(x)({k: to_device(v, device) for k, v in x.items()})
+def to_device(
+    x,       # tensors and whatever else has a `.to`, also inside tuples, lists and dicts
+    device,
+):
+    "The same thing on the device. Copies to a GPU do not wait for one another."
+    if hasattr(x, "to"): return x.to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+    if isinstance(x, Mapping): return {k: to_device(v, device) for k, v in x.items()}
     if isinstance(x, tuple) and hasattr(x, "_fields"): return type(x)(*(to_device(v, device) for v in x))
     return type(x)(to_device(v, device) for v in x) if isinstance(x, (tuple, list)) else x
 
 # %% ../../nbs/12_engine/02_runner.ipynb #default-step
 def default_step(model, batch)->dict:
-    "Call the model as torchvision's detectors are called: `losses = model(images, targets)`."
+    "`model(*batch)`, or `model(**batch)` for a dict, or `model(batch)`."
     if isinstance(batch, (tuple, list)): return model(*batch)
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
-# %% ../../nbs/12_engine/02_runner.ipynb #total-loss
-def total_loss(losses):
-    "The sum of all entries, each of them one number."
-    if not isinstance(losses, Mapping) or not losses: raise TypeError(f"a step must return a dict of losses, not {type(losses).__name__}")
+def total_loss(
+    losses, # dict: name → tensor of one number
+):
+    "The sum of all entries."
+    if not isinstance(losses, Mapping): raise TypeError(f"a step must return a dict of losses, not {type(losses).__name__}")
+    if not losses: raise TypeError("a step must return at least one loss")
     for k, v in losses.items():
-        if not isinstance(v, torch.Tensor) or v.numel() != 1: raise TypeError(f"loss {k!r} must be a tensor of one number, not {tuple(getattr(v, 'shape', ())) or v!r}")
+        if not isinstance(v, torch.Tensor): raise TypeError(f"loss {k!r} must be a tensor, not {v!r}")
+        if v.numel() != 1: raise TypeError(f"loss {k!r} must be one number; its shape is {list(v.shape)}")
     return sum(v.reshape(()) for v in losses.values())
 
 # %% ../../nbs/12_engine/02_runner.ipynb #seed-everything
 def seed_everything(seed:int):
-    "Seed Python's, NumPy's and torch's random numbers."
+    "Seed Python's, NumPy's and torch's random numbers, those of GPUs too."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 def rng_state()->dict:
     "Where all random numbers stand, in tensors and plain values."
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+    return {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
 
 def set_rng_state(state:dict):
     "Let all random numbers go on from a recorded state."
     kind, keys, *rest = state["numpy"]
-    version, inner, gauss = state["python"]
-    random.setstate((version, tuple(inner), gauss)); np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest)); torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    random.setstate(state["python"]); np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest)); torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
 
+# %% ../../nbs/12_engine/02_runner.ipynb #keep-rng
 @contextmanager
 def keep_rng():
     "What happens inside leaves the random numbers outside as they were."
@@ -75,155 +82,187 @@ class Runner:
     "Runs a model over a loader again and again. Hooks do everything else."
     def __init__(self,
                  model:nn.Module,
-                 loader,                # gives batches; iterated once per epoch
-                 optimizer=None,        # given: stepped by an `OptimizerStep` hook, which is added unless `hooks` has one
+                 loader,                # gives batches; gone through once per epoch
+                 optimizer=None,        # if given, an `OptimizerStep` hook is added unless `hooks` has one
                  hooks=(),              # objects with methods named after time points
                  *, epochs=None,        # the length: so many passes over the loader …
                  iterations=None,       # … or so many iterations
                  step=default_step,     # (model, batch) → dict of scalar losses
                  folder=None,           # where hooks write
-                 seed=0,                # of all random numbers from the run's start; None: leave them alone
+                 seed=0,                # of all random numbers when the run starts; None: leave them alone
                  device="cpu",
                  meta=None):            # plain values to keep in checkpoints: classes, recipe, …
         if (epochs is None) == (iterations is None): raise ValueError("a run's length is either epochs=… or iterations=…")
         self.model, self.loader, self.optimizer, self.step = model.to(device), loader, optimizer, step
-        self.max_epochs, self.max_iters = epochs, iterations
+        self.max_epochs, self.max_iters, self.context = epochs, iterations, nullcontext
         self.folder, self.seed, self.device, self.meta = Path(folder) if folder else None, seed, torch.device(device), dict(meta or {})
-        self.epoch = self.iter = self.inner_iter = 0    # of the present iteration, counted from 0
+        self.epoch = self.iter = self.inner_iter = 0           # of the present iteration, counted from 0
         self.at, self.stopped, self.resumed = Position(), None, None
-        self.batch, self.losses, self.values, self.metrics, self.data_time = None, {}, {}, {}, 0.
-        self._back, self._epoch_rng, self.timeline = None, None, Timeline()
+        self.batch, self.losses, self.loss, self.data_time = None, {}, None, 0.
+        self.values, self.metrics = {}, {}                     # what hooks add to the log; what the last evaluation found
+        self.timeline, self._back, self._epoch_rng = Timeline(), None, None
         for h in hooks: self.add(h)
         if optimizer is not None and not any(isinstance(h, OptimizerStep) for h in hooks): self.add(OptimizerStep())
 
-    @property
-    def hooks(self): return list(self.timeline.hooks.values())
-    @property
-    def max_iterations(self): return self.max_iters if self.max_epochs is None else self.max_epochs * len(self.loader)
-    @property
-    def finished(self):
-        return bool(self.stopped) or (self.iter >= self.max_iters if self.max_epochs is None else self.epoch >= self.max_epochs)
-    def add(self, hook, priority=None): self.timeline.add(hook, priority); return hook
-    def on(self, point, fn, priority=Priority.NORMAL, name=None): self.timeline.on(point, fn, priority, name); return fn
+    def add(self, hook, priority=None): self.timeline.add(hook, priority); return self
+    def on(self, point, fn, priority=Priority.NORMAL, name=None): self.timeline.on(point, fn, priority, name); return self
     def call(self, point): self.timeline.call(point, self)
-    def stop(self, why="stopped"): self.stopped = why    # the run ends after this iteration
+    def stop(self, why="stopped"): self.stopped = why          # the run ends after this iteration
     def run(self): return run(self)
     def validate(self, loader): return validate(self, loader)
-    def show(self): print(self.timeline.text())
     def state_dict(self)->dict: return runner_state(self)
     def load_state_dict(self, state): load_runner_state(self, state)
+    def show(self): print(timeline_text(self.timeline))
+    def draw(self, ax=None): return draw_timeline(self.timeline, ax)
+    @property
+    def max_iterations(self): # None where the loader does not know its length
+        return self.max_iters if self.max_epochs is None else self.max_epochs * loader_length(self.loader) if loader_length(self.loader) else None
+    @property
+    def finished(self): return bool(self.stopped) or (self.iter >= self.max_iters if self.max_epochs is None else self.epoch >= self.max_epochs)
+
+# %% ../../nbs/12_engine/02_runner.ipynb #loader-length
+def loader_length(loader): return len(loader) if hasattr(loader, "__len__") else None    # None: nobody knows
+
+def tell_epoch(loader, epoch:int):
+    "Tell the loader and its samplers which pass begins, if they want to know."
+    for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+        if hasattr(part, "set_epoch"): part.set_epoch(epoch)
+
+def order_keeper(loader):
+    "Who can write down how far a pass is: the loader, or a sampler if no worker process draws from it in advance; else None."
+    samplers = () if getattr(loader, "num_workers", 0) else (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    return next((p for p in (loader, *samplers) if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")), None)
 
 # %% ../../nbs/12_engine/02_runner.ipynb #run
 def run(runner):
-    "From `before_run` to `after_run`."
-    runner.stopped = None
-    if runner.seed is not None and runner.at.iter == 0 and runner._back is None: seed_everything(runner.seed)
+    "From `before_run` to `after_run`; goes on from `runner.at`."
+    runner.stopped, runner.epoch, runner.iter = None, runner.at.epoch, runner.at.iter
+    if runner.at == Position() and runner.seed is not None: seed_everything(runner.seed)
+    if runner.at.inner and runner._back is None: runner._back = _stand(runner)     # a second `run()` in the same process
     if runner.folder: runner.folder.mkdir(parents=True, exist_ok=True)
     try:
+        if runner._back: set_rng_state(runner._back["rng"])      # a hook may have to make up for an evaluation …
         runner.call("before_run")
-        if runner._back: set_rng_state(runner._back["rng"])
+        if runner._back: set_rng_state(runner._back["rng"])      # … and no hook may disturb the training
         while not runner.finished: train_epoch(runner)
         runner.call("after_run")
     finally:
-        for h in runner.hooks: getattr(h, "close", bool)()
+        for h in runner.timeline.hooks.values(): getattr(h, "close", bool)()
     return runner
 
 # %% ../../nbs/12_engine/02_runner.ipynb #train-epoch
 def train_epoch(runner):
-    "One pass over the loader: the paper's inner loop."
+    "One pass over the loader, or what is left of it."
     runner.model.train()
     runner.call("before_train_epoch")
     for runner.inner_iter, runner.batch in batches(runner):
         runner.call("before_train_iter")
-        runner.losses = runner.step(runner.model, runner.batch)
+        with runner.context(): runner.losses = runner.step(runner.model, runner.batch)
         runner.loss = total_loss(runner.losses)
         runner.at = Position(runner.epoch, runner.iter + 1, runner.inner_iter + 1)
         runner.call("after_train_iter")
         runner.iter += 1
-        if _cut_short(runner): return
+        if runner.finished and runner.inner_iter + 1 != loader_length(runner.loader): return
     runner.at = Position(runner.epoch + 1, runner.iter, 0)
     runner.call("after_train_epoch")
     runner.epoch, runner.inner_iter = runner.epoch + 1, 0
 
-# %% ../../nbs/12_engine/02_runner.ipynb #length
-def _length(loader): return len(loader) if hasattr(loader, "__len__") else None
-def _cut_short(runner): # does the run end within this pass?
-    return runner.finished and runner.inner_iter + 1 != _length(runner.loader)
-def _parts(loader): # what may keep an order of its own
-    return [s for s in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)) if s is not None]
-
 # %% ../../nbs/12_engine/02_runner.ipynb #batches
 def batches(runner):
-    "The batches of this pass, on the device, with their number; after a resume, those that are left."
-    back, runner._back = runner._back, None
-    for s in _parts(runner.loader):
-        if hasattr(s, "set_epoch"): s.set_epoch(runner.epoch)
-    if back and runner.at.inner: set_rng_state(back["epoch_rng"])
-    runner._epoch_rng, first = rng_state(), runner.at.inner
-    source = enumerate(iter(runner.loader))
-    for _ in range(first): next(source, None)
-    if back: set_rng_state(back["rng"])
+    "The batches of this pass, on the device, with their number; after a resume those that are left."
+    back, runner._back, first = runner._back, None, runner.at.inner
+    keeper, skip = order_keeper(runner.loader), first
+    tell_epoch(runner.loader, runner.epoch)
+    if first:
+        set_rng_state(back["epoch_rng"])
+        if keeper is not None and back["loader"]: keeper.load_state_dict(back["loader"]); skip = 0
+    runner._epoch_rng, source, i = rng_state(), iter(runner.loader), first
+    for _ in range(skip): next(source, None)
+    if first: set_rng_state(back["rng"])
     while True:
-        start = time.perf_counter()
-        i, batch = next(source, (None, None))
+        start, none = time.perf_counter(), object()
+        batch = next(source, none)
         runner.data_time = time.perf_counter() - start
-        if i is None: break
+        if batch is none: break
         yield i, to_device(batch, runner.device)
-    if runner.at.inner == 0: raise ValueError("the loader gave no batch at all")
+        i += 1
+    if i == 0: raise ValueError("the loader gave no batch at all (a generator can be gone through only once)")
 
 # %% ../../nbs/12_engine/02_runner.ipynb #validate
-def validate(runner, loader)->dict:
-    "One pass in eval mode and without gradients, through the four val points; returns the mean of each loss."
-    sums, n = {}, 0
+def validate(
+    runner,
+    loader, # batches as in training
+)->dict:
+    "One pass without learning; returns the mean of each loss, which is also `runner.metrics`."
+    sums, n, kept = {}, 0, (runner.batch, runner.losses)
     runner.model.eval()
     with keep_rng(), torch.no_grad():
         runner.call("before_val_epoch")
-        for runner.val_iter, batch in enumerate(loader):
+        for n, batch in enumerate(loader, 1):
             runner.batch = to_device(batch, runner.device)
             runner.call("before_val_iter")
-            runner.losses = runner.step(runner.model, runner.batch)
+            with runner.context(): runner.losses = runner.step(runner.model, runner.batch)
             runner.call("after_val_iter")
-            for k, v in {**runner.losses, "loss": total_loss(runner.losses)}.items(): sums[k], n = sums.get(k, 0) + v, runner.val_iter + 1
-        runner.metrics = {k: float(v) / n for k, v in sums.items()}
+            for k, v in {**runner.losses, "loss": total_loss(runner.losses)}.items(): sums[k] = sums.get(k, 0) + v
+        (runner.batch, runner.losses), runner.metrics = kept, {k: float(v) / n for k, v in sums.items()}
         runner.call("after_val_epoch")
     runner.model.train()
     return runner.metrics
 
 # %% ../../nbs/12_engine/02_runner.ipynb #optimizerstep
 class OptimizerStep(Hook):
-    "Backward pass and optimiser step: what makes a loop a training loop."
+    "Backward pass and optimiser step."
     priority = Priority.ABOVE_NORMAL
-    def __init__(self, max_norm=None, norm_type=2.): # clip gradients whose joint norm is above `max_norm`
+    def __init__(self,
+                 max_norm=None,    # gradients whose joint norm is above this are shortened to it
+                 norm_type=2.):
         self.max_norm, self.norm_type = max_norm, norm_type
     def after_train_iter(self, runner):
         runner.optimizer.zero_grad()
-        runner.loss.backward()
-        if self.max_norm is not None:
-            params = [p for g in runner.optimizer.param_groups for p in g["params"] if p.grad is not None]
-            runner.values["grad_norm"] = nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
+        self.backward(runner)
+        self.step(runner)
+    def backward(self, runner): runner.loss.backward()
+    def step(self, runner):
+        if self.max_norm is not None: runner.values["grad_norm"] = self.clip(runner)
         runner.optimizer.step()
+    def clip(self, runner):
+        params = [p for g in runner.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        return nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
 
-# %% ../../nbs/12_engine/02_runner.ipynb #runner-state
+# %% ../../nbs/12_engine/02_runner.ipynb #bare
+def bare(model:nn.Module)->nn.Module:
+    "The model inside DistributedDataParallel and torch.compile."
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None)
+        if inner is None: return model
+        model = inner
+
+def _stand(runner): # how random numbers and loader stand
+    keeper = order_keeper(runner.loader)
+    return {"rng": rng_state(), "epoch_rng": runner._epoch_rng or rng_state(), "loader": keeper.state_dict() if keeper is not None else None}
+
+def runner_meta(runner)->dict:
+    "What a checkpoint says about the run: the user's own `meta`, how far it is, when and with what it was made."
+    where = {"epoch": runner.at.epoch, "iter": runner.at.iter, "inner_iter": runner.at.inner, "loader_length": loader_length(runner.loader)}
+    return {**runner.meta, **where, "seed": runner.seed, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": str(torch.__version__)}
+
 def runner_state(runner)->dict:
     "All that an exact resume needs, in tensors and plain values."
-    state = {"meta": {**runner.meta, "epoch": runner.at.epoch, "iter": runner.at.iter, "inner_iter": runner.at.inner,
-                      "loader_length": _length(runner.loader), "seed": runner.seed, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": str(torch.__version__)},
-             "state_dict": {k.removeprefix("module."): v for k, v in runner.model.state_dict().items()}}
-    if runner.optimizer is not None: state["optimizer"] = runner.optimizer.state_dict()
-    state["hooks"] = {h.name: h.state_dict() for h in runner.hooks if hasattr(h, "state_dict")}
-    return {**state, "rng": rng_state(), "epoch_rng": runner._epoch_rng or rng_state()}
+    hooks = {n: h.state_dict() for n, h in runner.timeline.hooks.items() if hasattr(h, "state_dict")}
+    return {"meta": runner_meta(runner), "state_dict": bare(runner.model).state_dict(),
+            "optimizer": runner.optimizer.state_dict() if runner.optimizer is not None else None, "hooks": hooks, **_stand(runner)}
 
 # %% ../../nbs/12_engine/02_runner.ipynb #load-runner-state
-def load_runner_state(runner, state):
-    "The opposite: the next `run()` goes on where that state was taken."
-    meta = state["meta"]
-    at = Position(meta["epoch"], meta["iter"], meta["inner_iter"])
-    n = _length(runner.loader)
+def load_runner_state(runner, state:dict):
+    "The next `run()` goes on where that state was taken."
+    meta, hooks = state["meta"], runner.timeline.hooks
+    at, n = Position(meta["epoch"], meta["iter"], meta["inner_iter"]), loader_length(runner.loader)
     if at.inner and n != meta["loader_length"]:
-        raise ValueError(f"the state stands at iteration {at.inner} of {meta['loader_length']} of an epoch, but this loader has {n}: another data set or batch size")
-    runner.model.load_state_dict(state["state_dict"])
+        raise ValueError(f"it was saved after batch {at.inner} of {meta['loader_length']} of an epoch, but this loader has {n} batches: another data set or batch size")
+    bare(runner.model).load_state_dict(state["state_dict"])
     if runner.optimizer is not None: runner.optimizer.load_state_dict(state["optimizer"])
-    for h in runner.hooks:
-        if h.name in state["hooks"]: h.load_state_dict(state["hooks"][h.name])
+    for name, saved in state["hooks"].items():
+        if name in hooks: hooks[name].load_state_dict(saved)
+        else: warnings.warn(f"the saved run had a hook {name} with a state; this run has none of that name")
     runner.at, runner.epoch, runner.iter, runner.resumed = at, at.epoch, at.iter, at.iter
-    runner._back = {"rng": state["rng"], "epoch_rng": state["epoch_rng"]}
+    runner._back = {k: state[k] for k in ("rng", "epoch_rng", "loader")}

@@ -5,71 +5,78 @@
 # %% auto #0
 __all__ = ['Evaluate', 'Validate', 'standard_hooks']
 
-# %% ../../nbs/12_engine/06_train.ipynb #07900077
+# %% ../../nbs/12_engine/06_train.ipynb #fd3ddadb
 import math, time
-from .checkpoint import Checkpoint, CheckpointError, Every, save_checkpoint
-from .hooks import Hook, Priority
+import torch
+from .checkpoint import Checkpoint, Every, save_checkpoint
+from .hooks import Priority
 from .logs import Log, NonFiniteWatch, ProgressBar
-from .optim import Schedule
-from .runner import OptimizerStep, keep_rng
+from .runner import OptimizerStep, bare, keep_rng, runner_meta
 
 # %% ../../nbs/12_engine/06_train.ipynb #evaluate
 class Evaluate(Every):
     "Calls `evaluate(model)` every so often and at the end, logs what it returns, and keeps the model that was best."
     priority = Priority.LOW
     def __init__(self,
-                 evaluate,          # model → dict of numbers
-                 epochs=None, iterations=None,
-                 best=None,         # the number by which `best.pth` is chosen; None: keep none
-                 lower=False):      # is less better?
+                 evaluate,                      # model → dict of numbers
+                 epochs=None, iterations=None,  # how often; neither given: every epoch
+                 best=None,                     # the number by which `best.pth` is chosen; None: keep none
+                 lower=False):                  # is less better?
         super().__init__(epochs, iterations)
         self.evaluate, self.key, self.sign, self.best = evaluate, best, -1 if lower else 1, None
-    def before_run(self, runner): # killed after a checkpoint and before its evaluation: do it now
-        if runner.resumed and self.last != runner.at.iter and self.due(runner.at): self._act(runner)
+    def before_run(self, runner):
+        if runner.resumed is not None and self.due(runner.at): self.go(runner)
 
     def act(self, runner):
-        start = time.perf_counter()
-        with keep_rng():
-            runner.model.eval()
+        runner.model.eval()
+        with keep_rng(), torch.no_grad():
             runner.call("before_val_epoch")
-            runner.metrics = {k: float(v) for k, v in self.evaluate(runner.model).items()}
+            start, found = time.perf_counter(), self.evaluate(runner.model)
+            if not isinstance(found, dict): raise TypeError(f"an evaluation returns a dict of numbers, not {type(found).__name__}")
+            runner.metrics = {k: float(v) for k, v in found.items()}
             if self.key: self.keep_best(runner)
             runner.metrics = {**runner.metrics, "time": time.perf_counter() - start}
             runner.call("after_val_epoch")
         runner.model.train()
 
     def keep_best(self, runner):
-        if self.key not in runner.metrics: raise ValueError(f"there is no {self.key!r} to choose the best model by; evaluation gave {', '.join(runner.metrics) or 'nothing'}")
+        if self.key not in runner.metrics:
+            raise ValueError(f"there is no {self.key!r} to choose the best model by; the evaluation gave {', '.join(runner.metrics) or 'nothing'}")
         value = runner.metrics[self.key]
         if math.isnan(value) or self.best is not None and value * self.sign <= self.best * self.sign: return
-        self.best, state = value, runner.state_dict()
-        if runner.folder: save_checkpoint({"meta": {**state["meta"], "metrics": runner.metrics}, "state_dict": state["state_dict"]}, runner.folder / "best.pth")
+        self.best, meta = value, {**runner_meta(runner), "metrics": runner.metrics}
+        if runner.folder: save_checkpoint({"meta": meta, "state_dict": bare(runner.model).state_dict()}, runner.folder / "best.pth")
     def state_dict(self): return {"best": self.best}
     def load_state_dict(self, state): self.best = state["best"]
 
 # %% ../../nbs/12_engine/06_train.ipynb #validate
 class Validate(Every):
-    "The losses on other data, every so often, through the four val points."
+    "The mean losses on other data, every so often."
     priority = Priority.LOW
-    def __init__(self, loader, epochs=None, iterations=None):
+    def __init__(self,
+                 loader,                        # batches as in training
+                 epochs=None, iterations=None): # how often; neither given: every epoch
         super().__init__(epochs, iterations)
         self.loader = loader
     def act(self, runner): runner.validate(self.loader)
 
 # %% ../../nbs/12_engine/06_train.ipynb #standard-hooks
 def standard_hooks(
-    schedule=None,        # a Schedule
-    *, max_norm=None,     # clip gradients
+    schedule=None,        # a Schedule; None: the rate stays as it is
+    *, max_norm=None,     # clip gradients to this joint norm
     log_every=50,         # iterations
     writers=None,         # of the log; None: text, and JSON lines if the run has a folder
-    save=True,            # checkpoints: True, or {"iterations": 500, "keep": 5} as for Checkpoint; False: none
+    save=True,            # checkpoints: True (every epoch), or {"iterations": 500, "keep": 5} as for Checkpoint; False: none
     evaluate=None,        # model → dict of numbers
     evaluate_every=None,  # {"epochs": 1} or {"iterations": 500}; None: as often as checkpoints
     best=None,            # which of its numbers chooses best.pth
-    bar=True,
+    lower=False,          # is less better?
+    bar=True,             # a progress bar where it can be seen
 )->list:
     "What nearly every run wants, as a list to add to."
     often = dict(save) if isinstance(save, dict) else {}
-    hooks = [schedule, OptimizerStep(max_norm), NonFiniteWatch(log_every), Checkpoint(**often) if save is not False else None]
-    if evaluate: hooks.append(Evaluate(evaluate, **(evaluate_every or {k: v for k, v in often.items() if k != "keep"}), best=best))
-    return [h for h in [*hooks, Log(writers, log_every), ProgressBar() if bar else None] if h is not None]
+    hooks = [OptimizerStep(max_norm), NonFiniteWatch(log_every), Log(writers, log_every)]
+    if schedule is not None: hooks.append(schedule)
+    if save is not False: hooks.append(Checkpoint(**often))
+    if evaluate is not None: hooks.append(Evaluate(evaluate, **(evaluate_every or {k: v for k, v in often.items() if k != "keep"}), best=best, lower=lower))
+    return hooks + [ProgressBar()] * bool(bar)

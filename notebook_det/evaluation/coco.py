@@ -7,7 +7,7 @@ __all__ = ['AREAS', 'IOUS', 'quiet', 'index_coco', 'by_kind', 'renumber', 'encod
            'run_coco', 'mean', 'summary', 'as_coco', 'CocoEvaluator', 'check_kinds', 'match', 'write_whole',
            'per_class', 'table_rows', 'as_text', 'as_html', 'diagnosis', 'evaluate']
 
-# %% ../../nbs/13_evaluation/01_coco.ipynb #4c2dbbf5
+# %% ../../nbs/13_evaluation/01_coco.ipynb #fa712965
 import html, io, json
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np, torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from ..foundations.progress import progress
 from ..ops.masks import encode_rle
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #quiet
@@ -42,6 +43,8 @@ def renumber(
     place = {k: i+1 for i,k in enumerate(sorted((r["id"] for r in data["images"]), key=by_kind))}
     images = [{"id": place[r["id"]], "height": r.get("height"), "width": r.get("width")} for r in data["images"]]
     found = [r for r in data["annotations"] if r["category_id"] in order]
+    lost = [r["id"] for r in found if r["image_id"] not in place]
+    if lost: raise ValueError(f"annotation {lost[0]!r} points to an image that is not in the list of images")
     def one(i, r):
         b = r["bbox"]
         out = {"id": i, "image_id": place[r["image_id"]], "category_id": order[r["category_id"]], "bbox": b,
@@ -118,6 +121,7 @@ def run_coco(
     with quiet(): ev.evaluate(); ev.accumulate()
     return ev
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #mean
 def mean(values)->float: # nan where there was nothing to find
     "The mean of what could be measured: pycocotools writes -1 where a class, or a size, has no object."
     values = values[values > -1]
@@ -144,7 +148,9 @@ def as_coco(
     if isinstance(truth, COCO): return truth
     if hasattr(truth, "coco"): return truth.coco()
     if not Path(truth).is_file(): raise FileNotFoundError(f"annotation file {truth} does not exist")
-    with quiet(): return COCO(str(truth))
+    try:
+        with quiet(): return COCO(str(truth))
+    except json.JSONDecodeError as e: raise ValueError(f"annotation file {truth} is not valid json: {e.msg} in line {e.lineno}") from None
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #cocoevaluator
 class CocoEvaluator:
@@ -272,7 +278,7 @@ def evaluate(
     if modes: model.eval()
     evaluator.reset()
     try:
-        for images,targets in loader:
+        for images,targets in progress(loader, label="evaluate"):
             images = images.to(device, non_blocking=True)
             evaluator.update([t.image_id for t in targets], call(model, images) if call else model(images))
     finally:

@@ -9,7 +9,9 @@ __all__ = ['human_time', 'human_rate', 'bar_text', 'where_to_draw', 'Bar', 'prog
 import os, shutil, sys, time
 
 # %% ../../nbs/01_foundations/04_progress.ipynb #human-time
-def human_time(seconds)->str:
+def human_time(
+    seconds, # negative counts as nothing
+)->str:
     "Seconds as a clock reads them: `0:07`, `12:34`, `3:05:00`, `2 d 4:00:00`."
     m, s = divmod(int(max(seconds, 0) + .5), 60)
     h, m = divmod(m, 60)
@@ -17,8 +19,11 @@ def human_time(seconds)->str:
     return (f"{d} d " if d else "") + (f"{h}:{m:02d}:{s:02d}" if h or d else f"{m}:{s:02d}")
 
 # %% ../../nbs/01_foundations/04_progress.ipynb #human-rate
-def human_rate(n, seconds)->str:
-    "`n` things in so many seconds: `12.3/s`, or `4.1 s each` where one takes longer than a second."
+def human_rate(
+    n,       # how many
+    seconds, # in how much time
+)->str:
+    "`12.3/s`, or `4.1 s each` where one takes longer than a second; empty while nothing is known."
     if not n or seconds <= 0: return ""
     rate = n / seconds
     return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.1f}/s" if rate >= 1 else f"{1/rate:.1f} s each"
@@ -26,7 +31,7 @@ def human_rate(n, seconds)->str:
 # %% ../../nbs/01_foundations/04_progress.ipynb #bar-text
 def bar_text(
     done,          # how many are done
-    total,         # of how many, or None where nobody knows
+    total,         # of how many; None or 0: nobody knows
     seconds,       # since the start
     label="",      # what is going on
     width=24,      # of the bar itself, in characters
@@ -53,7 +58,7 @@ def where_to_draw()->str:
 class _Terminal:
     "All bars that are open, on one line of stderr."
     def draw(self, bars):
-        line = " │ ".join(b.text() for b in bars)
+        line = " │ ".join(b.text(24 if len(bars) == 1 else 8) for b in bars)
         room = shutil.get_terminal_size().columns - 1
         sys.stderr.write("\r\033[K" + (line if len(line) <= room else line[:room-1] + "…")); sys.stderr.flush()
     def clear(self): sys.stderr.write("\r\033[K"); sys.stderr.flush()
@@ -64,41 +69,52 @@ class _Notebook:
     def draw(self, bars):
         import ipywidgets
         from IPython.display import display
+        text = "\n".join(b.text().replace("&", "&amp;").replace("<", "&lt;") for b in bars)
         if self.widget is None: self.widget = ipywidgets.HTML(); display(self.widget)
-        self.widget.value = "<pre style='margin:0;line-height:1.3'>" + "\n".join(b.text().replace("<", "&lt;") for b in bars) + "</pre>"
+        self.widget.value = f"<pre style='margin:0;line-height:1.3'>{text}</pre>"
     def clear(self):
         if self.widget is not None: self.widget.close(); self.widget = None
 
 # %% ../../nbs/01_foundations/04_progress.ipynb #redraw
-_open, _drawn = [], [None]     # the bars that are open, outermost first; the screen they were drawn on
+_open, _screen = [], [None]     # the bars that are open, outermost first; what they are drawn on
 
 def _redraw(bars):
-    "Draw, or clear where there is nothing left to draw. A broken pipe or a closed window must not end a training run."
+    "Draw these bars, or clear the screen where there are none left."
     try:
         if bars:
-            if _drawn[0] is None: _drawn[0] = {"notebook": _Notebook, "terminal": _Terminal}[where_to_draw()]()
-            _drawn[0].draw(bars)
-        elif _drawn[0] is not None: _drawn[0].clear(); _drawn[0] = None
-    except Exception: _drawn[0] = None
+            if _screen[0] is None: _screen[0] = {"notebook": _Notebook, "terminal": _Terminal}[where_to_draw()]()
+            _screen[0].draw(bars)
+        elif _screen[0] is not None: _screen[0].clear(); _screen[0] = None
+    except Exception: _screen[0] = None
+
+def _visible(): return [b for b in _open if b.clock() - b.start >= b.delay]
 
 # %% ../../nbs/01_foundations/04_progress.ipynb #bar
 class Bar:
     "A bar moved by hand: `bar.update()` per step, `bar.close()` at the end (or use it in a `with`)."
     delay, every = .5, .1    # seconds: nothing is drawn before the first, nor more often than the second
-    def __init__(self, total=None, label="", done=0, clock=time.monotonic):
+    def __init__(self,
+                 total=None,            # how many steps, where that is known
+                 label="",              # what is going on
+                 done=0,                # steps that an earlier process did
+                 clock=time.monotonic): # tests bring their own
         self.total, self.label, self.done, self.resumed, self.clock = total, label, done, done, clock
-        self.start = clock(); self.next = self.start + self.delay
+        self.start = clock()
+        self.next = self.start + self.delay
         _open.append(self)
 
-    def text(self): return bar_text(self.done, self.total, self.clock() - self.start, self.label, resumed=self.resumed)
-    def update(self, n=1, label=None):
+    def text(self, width=24): return bar_text(self.done, self.total, self.clock() - self.start, self.label, width, self.resumed)
+    def update(self, n=1, label=None): # `n` more are done
         self.done += n
         if label is not None: self.label = label
-        if self.clock() < self.next: return
-        self.next = self.clock() + self.every
-        if where_to_draw(): _redraw([b for b in _open if b.clock() - b.start >= b.delay])
+        now = self.clock()
+        if now < self.next: return
+        self.next = now + self.every
+        if where_to_draw(): _redraw(_visible())
     def close(self):
-        if self in _open: _open.remove(self); _redraw([b for b in _open if b.clock() - b.start >= b.delay] if _drawn[0] else [])
+        if self not in _open: return
+        _open.remove(self)
+        if _screen[0] is not None: _redraw(_visible())
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
@@ -118,7 +134,11 @@ def progress(
             bar.update()
 
 # %% ../../nbs/01_foundations/04_progress.ipynb #note
-def note(text):
-    "Print a line to stdout without tearing a bar that is being drawn."
-    if _drawn[0] is not None and isinstance(_drawn[0], _Terminal): _drawn[0].clear()
+def note(
+    text, # one or several lines
+):
+    "Print to stdout without tearing a bar that is being drawn."
+    if isinstance(_screen[0], _Terminal):
+        try: _screen[0].clear()
+        except Exception: _screen[0] = None
     print(text, flush=True)

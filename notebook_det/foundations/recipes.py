@@ -6,11 +6,11 @@
 __all__ = ['build', 'select', 'override', 'Changes', 'diff', 'Tree', 'show', 'to_json', 'from_json', 'save', 'load', 'Config',
            'Partial']
 
-# %% ../../nbs/01_foundations/02_recipes.ipynb #901483d5
+# %% ../../nbs/01_foundations/02_recipes.ipynb #fa2709d0
 import ast, difflib, enum, html, json, os
 from pathlib import Path
 import fiddle as fdl, torch
-from fiddle import Config, Partial, selectors
+from fiddle import Config, Partial, daglish, selectors
 from fiddle.experimental import serialization
 _all_ = ["Config", "Partial"]
 
@@ -136,7 +136,7 @@ class Tree:
     def __init__(self, recipe, depth=None): self.recipe, self.depth = recipe, depth
     def _rows(self, x): # (key, value, was it set by hand?)
         given = fdl.ordered_arguments(x) if _is_node(x) else _children(x)
-        return [(str(k), v, k in given) for k, v in _children(x).items()]
+        return [(str(k), v, k in given or v is fdl.NO_VALUE) for k, v in _children(x).items()]
 
     def _text(self, x, pad, depth):
         for k, v, given in self._rows(x):
@@ -165,7 +165,8 @@ def show(
 ALLOWED = ("notebook_det", "torch.nn", "torch.optim", "torch.utils.data", "torchvision.models", "torchvision.ops", "torchvision.transforms")
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 for _name in _DTYPES: serialization.register_constant("torch", _name, compare_by_identity=True)
-_CONTAINERS = {(t.__module__, t.__qualname__) for t in (fdl.Config, fdl.Partial, fdl.ArgFactory, fdl.BuildableTraverserMetadata, dict, list, tuple, set, slice)}
+_META = type(daglish.find_node_traverser(Config).flatten(Config(dict))[1])           # what fiddle notes beside a node's arguments
+_CONTAINERS = {(t.__module__, t.__qualname__) for t in (Config, Partial, fdl.ArgFactory, _META, dict, list, tuple, set, slice)}
 
 class _Policy(serialization.PyrefPolicy):
     "Which names a recipe file may refer to; checked before anything is imported, and again on what was found."

@@ -16,7 +16,7 @@ kaiming = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 xavier = nn.init.xavier_uniform_
 caffe2_xavier = partial(nn.init.kaiming_uniform_, a=1, mode="fan_in", nonlinearity="leaky_relu")
 
-def normal(std:float=.01): return partial(nn.init.normal_, std=std) # small random numbers of one size
+def normal(std:float=.01): return partial(nn.init.normal_, std=std) # small numbers around 0
 
 # %% ../../nbs/05_layers/01_conv.ipynb #init-weights
 def init_weights(
@@ -24,7 +24,7 @@ def init_weights(
     how,              # fills a weight in place: kaiming, xavier, caffe2_xavier, normal(std)
     bias:float=0.,    # value of all biases
 )->nn.Module:         # the same module
-    "Start every convolution and linear layer inside `module`; layers with `own_init = True` start themselves."
+    "Start every convolution and linear layer in `module`, except inside layers with `own_init = True`."
     if getattr(module, "own_init", False): return module
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         how(module.weight)
@@ -33,21 +33,21 @@ def init_weights(
     return module
 
 # %% ../../nbs/05_layers/01_conv.ipynb #prior-bias
-def prior_bias(p:float=.01)->float: # the probability that the untrained layer shall answer
+def prior_bias(p:float=.01)->float: # the probability that an untrained layer shall give
     "The bias whose sigmoid is `p`."
     return -math.log((1 - p) / p)
 
 # %% ../../nbs/05_layers/01_conv.ipynb #convnormact
 class ConvNormAct(nn.Module):
-    "Convolution → normalisation → activation; what is None is left out. Children: `conv`, `bn` or `gn` …, `activate`."
+    "Convolution, normalisation, activation; what is None is left out. Children: `conv`, `bn` (or `gn` …), `activate`."
     def __init__(self, in_channels:int, out_channels:int, kernel:int, stride:int=1, padding:int=0, dilation:int=1, groups:int=1,
-                 bias="auto",     # "auto": only where no normalisation follows, whose shift would do the same
+                 bias="auto",     # "auto": where no normalisation follows
                  norm=None,       # factory: channels → normalisation layer
                  act=nn.ReLU,     # factory of the activation
-                 conv=nn.Conv2d): # factory that takes nn.Conv2d's arguments
+                 conv=nn.Conv2d): # factory with nn.Conv2d's arguments
         super().__init__()
-        bias = norm is None if bias == "auto" else bias
-        self.conv = conv(in_channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias)
+        self.conv = conv(in_channels, out_channels, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
+                         bias=norm is None if bias == "auto" else bias)
         init_weights(self.conv, kaiming)
         self.norm_name = None
         if norm is not None:
@@ -61,6 +61,7 @@ class ConvNormAct(nn.Module):
         if self.norm_name is not None: x = getattr(self, self.norm_name)(x)
         return x if self.activate is None else self.activate(x)
 
-def activation(act): # made in place where its class can
+# %% ../../nbs/05_layers/01_conv.ipynb #activation
+def activation(act): # factory or None → layer or None, in place where its class can
     if act is None: return None
     return act(inplace=True) if "inplace" in inspect.signature(act).parameters else act()

@@ -33,12 +33,10 @@ class RoIExtractor(nn.Module):
                )->Tensor:  # [ΣN,C,s,s]
         rois = to_rois(boxes)
         if len(self.strides) == 1: return self._align(features[0], rois, self.strides[0])
-        level, first = self.level(rois[:, 1:]), features[0]
-        out = first.new_zeros((len(rois), first.shape[1], self.output_size, self.output_size))
-        for i,stride in enumerate(self.strides):
-            here = (level == i).nonzero().flatten()
-            out = out.index_copy(0, here, self._align(features[i], rois[here], stride).to(out.dtype))
-        return out
+        level = self.level(rois[:, 1:])
+        groups = [(level == i).nonzero().flatten() for i in range(len(self.strides))]
+        out = torch.cat([self._align(x, rois[g], s) for x,g,s in zip(features, groups, self.strides)])   # in the order of levels
+        return out.index_select(0, torch.cat(groups).argsort())                                       # … and back
     def _align(self, x, rois, stride):
         return roi_align(x, rois, self.output_size, 1/stride, self.sampling_ratio, self.aligned)
 

@@ -1,0 +1,19 @@
+"Recipes, published weights, and detectors ready to use: `from notebook_det import zoo; zoo.recipe(…)`."
+from importlib import import_module
+
+_HOME = {"recipes": "recipe names table small resnet mobilenet_v2 fpn rpn_head rpn retinanet faster_rcnn mask_rcnn faster_rcnn_c4 faster_rcnn_dc5 "
+                    "torchvision_pixels caffe_pixels d2_pixels tf_pixels set_classes from_scratch train_transform test_transform "
+                    "Data Schedule Experiment NotYet",
+         "checkpoints": "load_checkpoint load_imagenet torchvision_conventions Report",
+         "predict": "load predict_folder"}
+_NAMES = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = list(_NAMES)
+
+
+def __getattr__(name):
+    "Import a room when something in it is asked for."
+    if name not in _NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+
+
+def __dir__(): return sorted({*globals(), *_NAMES})
