@@ -33,7 +33,9 @@ $(VENV)/.run: requirements.txt | $(PY)
 
 $(VENV)/.package: $(VENV)/.run settings.ini setup.py $(OPERATORS)
 	@echo "building the operators ..."
-	@$(PIP) --no-deps --no-build-isolation -e . || { echo "the C++ operators could not be built (no compiler?): going on with the readable references, slower"; NOTEBOOK_DET_OPS=0 $(PIP) --no-deps --no-build-isolation -e .; }
+	@$(PIP) --no-deps --no-build-isolation -e . > $(VENV)/build.log 2>&1 || { \
+	  echo "the C++ operators could not be built ($(VENV)/build.log says why): going on with the readable references, which are slower"; \
+	  NOTEBOOK_DET_OPS=0 $(PIP) --no-deps --no-build-isolation -e .; }
 	@touch $@
 
 $(VENV)/.ci: requirements-ci.txt $(VENV)/.run
@@ -47,7 +49,7 @@ test: $(VENV)/.package $(VENV)/.ci
 	@PYTHONHASHSEED=0 $(PY) -m pytest $(ARGS)
 
 lab: $(VENV)/.package $(VENV)/.ci
-	@cd nbs && env -u MPLBACKEND $(abspath $(PY)) -m jupyterlab index.ipynb
+	@cd nbs && env -u MPLBACKEND $(abspath $(PY)) -m jupyterlab $$([ "$$(id -u)" != 0 ] || echo --allow-root) index.ipynb
 
 readme site export: $(VENV)/.package $(VENV)/.ci
 	@$(PY) tools/book.py $@

@@ -133,6 +133,7 @@ template <class T> struct Greedy {
 // The common end: keys of all candidates and the number of them in each group are known; returns the kept candidates
 template <class T>
 std::vector<int64_t> walk_all(Walk<T> w, Key<T>* keys, int64_t n, const std::vector<int64_t>& sizes, double threshold, int64_t max_keep) {
+  require(threshold >= 0, "nms: iou_threshold must be 0 or more");
   const int64_t G = sizes.size();
   if (max_keep < 0 || max_keep > n) max_keep = n;
   w.threshold = T(threshold);                      // torchvision compares with a double: x > threshold is x > the T below it

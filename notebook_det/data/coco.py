@@ -51,7 +51,9 @@ def ids_of(
 )->list:
     "The ids of all records, none of them twice."
     ids = [field(r, "id", what, where) for r in records]
-    if len(set(ids)) < len(ids): raise ValueError(f"{where}: two {what}s have the id {Counter(ids).most_common(1)[0][0]!r}")
+    odd = [i for i in ids if not isinstance(i, (int, str))]
+    if odd: raise ValueError(f"{where}: an id must be a whole number or a text, but one {what} has {odd[0]!r}")
+    if len(set(ids)) < len(ids): raise ValueError(f"{where}: more than one {what} has the id {Counter(ids).most_common(1)[0][0]!r}")
     return ids
 
 # %% ../../nbs/11_data/02_coco.ipynb #look-up

@@ -181,8 +181,8 @@ def scene(
     if rng.random() < empty: return finish(canvas, rng), []
     shapes = [crowd(canvas, str(rng.choice(CLASSES)), rng)] if rng.random() < crowds else []
     for _ in range(rng.integers(1, objects+1)):
-        lo, hi = (.014, .025) if rng.random() < tiny else (.05, .28)
-        more, points = place(shapes, rng, h, w, (size*lo, size*hi))
+        radius = (max(3, .014*size), max(5, .025*size)) if rng.random() < tiny else (.05*size, .28*size)
+        more, points = place(shapes, rng, h, w, radius)
         if more: shapes = more; paint(canvas, points, rng.normal(HUES[more[-1].kind], .6), rng)
     return finish(canvas, rng), shapes
 
@@ -272,7 +272,7 @@ def make_toy(
     seed=0,
 )->Toy:
     "Write the data set, whole or not at all."
-    folder, made_of = Path(folder), json.dumps(dict(num_train=num_train, num_val=num_val, size=size, seed=seed, version=2))
+    folder, made_of = Path(folder), json.dumps(dict(num_train=num_train, num_val=num_val, size=size, seed=seed, version=3))
     toy = Toy(folder/"JPEGImages", *(folder/"annotations_coco"/f"instances_{s}.json" for s in ("train", "val")), CLASSES)
     stamp = folder/"toy.json"
     if stamp.is_file() and stamp.read_text() == made_of: return toy

@@ -24,6 +24,7 @@ IOUS = tuple(np.linspace(.5, .95, 10).tolist())                    # COCO's ten 
 
 def quiet(): return redirect_stdout(io.StringIO()) # pycocotools talks a lot
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #index-coco
 def index_coco(images, annotations, categories)->COCO:
     "The three lists of a COCO json as pycocotools' object."
     out = COCO()
@@ -34,6 +35,7 @@ def index_coco(images, annotations, categories)->COCO:
 # %% ../../nbs/13_evaluation/01_coco.ipynb #by-kind
 def by_kind(k): return isinstance(k, str), k # a sorting key for ids: numbers first, then strings
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #renumber
 def renumber(
     source:COCO,  # as it was read
     category_ids, # json id of each label
@@ -63,6 +65,7 @@ def encode(
     if len(masks) == 0: return []
     return encode_rle(masks.bool().cpu())
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #pack
 def pack(
     found,      # Instances, or a torchvision-style dict: boxes, scores, labels, masks
     masks=True, # keep the masks
@@ -93,6 +96,7 @@ def as_results(
             out.append(r)
     return out
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #found-coco
 def found_coco(
     found,  # image id of `truth` -> packed detections
     labels, # category id of `truth` for each label
@@ -127,6 +131,7 @@ def mean(values)->float: # nan where there was nothing to find
     values = values[values > -1]
     return float(values.mean()) if values.size else float("nan")
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #summary
 def summary(
     ev:COCOeval,
     classes=slice(None), # position of the classes to average over
@@ -197,6 +202,7 @@ def check_kinds(kinds)->tuple:
     if not kinds or set(kinds) - {"bbox", "segm"}: raise ValueError(f"kinds must be 'bbox', 'segm' or both, not {kinds}")
     return kinds
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #match
 def match(evaluator, kind)->COCOeval:
     "pycocotools' verdict on what an evaluator has collected."
     place = evaluator.place
@@ -204,6 +210,7 @@ def match(evaluator, kind)->COCOeval:
     found = found_coco(found, evaluator.labels, evaluator.truth, kind)
     return run_coco(evaluator.truth, found, kind, evaluator.max_dets, evaluator.areas, evaluator.ious)
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #write-whole
 def write_whole(path, text):
     "A file that is there as a whole or not at all."
     path = Path(path)
@@ -220,6 +227,7 @@ def per_class(
     ev = evaluator.matched()[kind]
     return {c: {"objects": count[i], **summary(ev, slice(i, i+1))} for i,c in enumerate(evaluator.classes)}
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #table-rows
 def table_rows(
     evaluator:CocoEvaluator,
 )->list: # lists of strings; a heading, a line for all classes, a line for each; then the next kind
@@ -239,6 +247,7 @@ def as_text(rows)->str:
     wide = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join([r[0].ljust(wide[0]), *(c.rjust(w) for c,w in zip(r[1:], wide[1:]))]) for r in rows)
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #as-html
 def as_html(rows)->str:
     "Cells as a table of a notebook."
     tag = lambda r: "th" if r[1] == "objects" else "td"

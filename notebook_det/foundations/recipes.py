@@ -6,8 +6,8 @@
 __all__ = ['build', 'select', 'override', 'Changes', 'diff', 'Tree', 'show', 'to_json', 'from_json', 'save', 'load', 'Config',
            'Partial']
 
-# %% ../../nbs/01_foundations/02_recipes.ipynb #fa2709d0
-import ast, difflib, enum, html, json, os
+# %% ../../nbs/01_foundations/02_recipes.ipynb #520aa756
+import ast, difflib, enum, html, json, os, sys
 from pathlib import Path
 import fiddle as fdl, torch
 from fiddle import Config, Partial, daglish, selectors
@@ -56,18 +56,25 @@ def _step(x, key, path): # the key under which `x` keeps what the text `key` nam
     raise ValueError(f"{path}: {_named(x) if _is_node(x) else 'this ' + type(x).__name__} has no {key!r}; "
                      + (f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(below)}"))
 
-# %% ../../nbs/01_foundations/02_recipes.ipynb #literal
+# %% ../../nbs/01_foundations/02_recipes.ipynb #sibling
+def _sibling(text, now): # a class or function that stands beside the present one, by its name
+    now = fdl.get_callable(now) if _is_node(now) else now
+    found = getattr(sys.modules.get(getattr(now, "__module__", None)), text, None) if text.isidentifier() else None
+    return found if callable(now) and callable(found) and found.__module__ == now.__module__ else None
+
 def _literal(text, now, path): # the value that a command line means
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         if isinstance(now, str): return text
+        if (found := _sibling(text, now)) is not None: return Config(found) if _is_node(now) else found
         want = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(text.lower())
         raise ValueError(f"{path}={text}: {text!r} is not a Python value"
                          + (f"; did you mean {want}?" if want else f" such as 2, 1e-3, True, None, (1, 2) or 'text'; it is now {_named(now)}")) from None
 
+# %% ../../nbs/01_foundations/02_recipes.ipynb #put
 def _put(x, keys, text, path): # `x` with the value below it replaced: nodes in place, containers anew (one may be a class's own default)
     if not keys:
-        value = _literal(text, x, path) if isinstance(text, str) else text
+        value = _literal(text, x, path)
         if _is_node(x) and not (value is None or _is_node(value)):
             raise ValueError(f"{path}: this is a whole {_named(x)}; name one of its arguments: {', '.join(map(str, _children(x)))}")
         return value

@@ -18,9 +18,9 @@ from .masks import paste_masks
 class DetectionRule:
     "From scored boxes to detections."
     score_threshold:float=.05 # weaker ones are dropped
-    pre_nms:int=1000          # per level, the strongest (box, class) pairs that go on
-    iou_threshold:float=.5    # non-maximum suppression, class by class
-    max_detections:int=100    # per image
+    pre_nms:int=1000          # dense heads: per level, the strongest (anchor, class) pairs that go on; unused by second stages
+    iou_threshold:float=.5    # suppression, class by class: a box that overlaps a better one by more is dropped
+    max_detections:int=100    # per image, of all classes together
 
 # %% ../../nbs/02_ops/07_detections.ipynb #proposalrule
 @dataclass
@@ -28,17 +28,17 @@ class ProposalRule:
     "From objectness to proposals."
     pre_nms:int=2000         # per level, the strongest anchors that go on
     max_proposals:int=1000   # per image, after suppression
-    iou_threshold:float=.7
-    min_size:float=0.        # width and height must be larger, pixels
+    iou_threshold:float=.7   # suppression, level by level
+    min_size:float=0.        # width and height must be larger, pixels of the image the network sees
 
 # %% ../../nbs/02_ops/07_detections.ipynb #finish
 def finish(
-    found:Instances,   # one image's detections in network coordinates
-    masks,             # [N,s,s] probabilities or None
-    size,              # (height, width) of the image the network saw
+    found:Instances,   # one image's boxes, labels and scores, in the coordinates of `size`
+    masks,             # [N,s,s] probabilities, or None
+    size,              # (height, width) of the image the network saw, without padding
     output_size,       # (height, width) wanted
-    threshold=.5,
-)->Instances:
+    threshold=.5,      # a pixel belongs to the object from this probability on
+)->Instances:          # boxes, labels, scores and masks [N,height,width] bool in the coordinates of `output_size`
     "Boxes in the coordinates that were asked for, masks pasted there at full resolution."
     (h, w), (oh, ow) = size, output_size
     boxes = found.boxes if (h, w) == (oh, ow) else scale_boxes(found.boxes, ow/w, oh/h)

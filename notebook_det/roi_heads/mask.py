@@ -15,10 +15,11 @@ from ..ops.masks import crop_masks
 class MaskHead(nn.Module):
     "A small fully convolutional network on each RoI, one mask per class (Mask R-CNN, section 3)."
     def __init__(self,
-                 num_classes, loss_mask,
-                 in_channels=256,
-                 num_convs=4, conv_channels=256,
-                 norm=None, conv=nn.Conv2d):
+                 num_classes,                    # K
+                 loss_mask,                      # MaskLoss
+                 in_channels=256,                # of what the extractor reads: [R,in_channels,14,14]
+                 num_convs=4, conv_channels=256, # 0 convolutions in the C4 variant
+                 norm=None, conv=nn.Conv2d):     # factories for the convolutions
         super().__init__()
         self.num_classes, self.loss_mask = num_classes, loss_mask
         c = [in_channels] + [conv_channels] * num_convs
@@ -32,7 +33,12 @@ class MaskHead(nn.Module):
         return self.conv_logits(self.upsample(x).relu())
 
 # %% ../../nbs/09_roi_heads/03_mask.ipynb #mask-losses
-def mask_losses(head, logits, samples, objects): # logits [P,K,s,s] of the positive RoIs; list of RoISamples; Instances with masks
+def mask_losses(
+    head,          # MaskHead
+    logits:Tensor, # [P,K,s,s] of the positive RoIs of all images
+    samples,       # list of RoISamples with P positives together
+    objects,       # list of Instances with masks
+)->dict:           # loss_mask
     "Binary cross entropy on the mask of the object's own class only: classes do not compete."
     targets = [crop_masks(o.masks, s.boxes[:s.num_pos], logits.shape[-1], index=s.gt_index) for s,o in zip(samples, objects)]
     labels = torch.cat([s.labels[:s.num_pos] for s in samples])
