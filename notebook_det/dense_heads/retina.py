@@ -18,10 +18,15 @@ class RetinaHead(AnchorHead):
     "Two towers of convolutions shared by all levels, then class scores and box deltas per anchor (RetinaNet, section 4)."
     def __init__(self,
                  num_classes,        # K; sigmoid outputs, so background needs none of its own
-                 anchors, coder, assigner, loss_cls, loss_bbox,
-                 in_channels=256, feat_channels=256,
+                 anchors,            # AnchorGenerator
+                 coder,              # DeltaXYWH
+                 assigner,           # (priors, Instances, valid) → Assignment
+                 loss_cls, loss_bbox,
+                 in_channels=256,    # of every level
+                 feat_channels=256,  # of the towers
                  stacked_convs=4,    # depth of each tower
-                 sampler=None, allowed_border=-1,
+                 sampler=None,       # Assignment → Sampled; None: every anchor takes part
+                 allowed_border=-1,  # pixels an anchor may stick out of the image to be trained on; < 0: any
                  rule=DetectionRule(.05, 1000, .5, 100),
                  prior_prob=.01):    # every anchor starts out this sure of an object: else the first losses explode
         super().__init__(num_classes, anchors, coder, assigner, loss_cls, loss_bbox, sampler, allowed_border)
@@ -29,12 +34,13 @@ class RetinaHead(AnchorHead):
         tower = lambda: nn.ModuleList([ConvNormAct(in_channels if i == 0 else feat_channels, feat_channels, 3, padding=1)
                                        for i in range(stacked_convs)])
         self.cls_convs, self.reg_convs = tower(), tower()
-        self.retina_cls = nn.Conv2d(feat_channels, anchors.per_cell * num_classes, 3, padding=1)
-        self.retina_reg = nn.Conv2d(feat_channels, anchors.per_cell * 4, 3, padding=1)
+        last = feat_channels if stacked_convs else in_channels
+        self.retina_cls = nn.Conv2d(last, anchors.per_cell * num_classes, 3, padding=1)
+        self.retina_reg = nn.Conv2d(last, anchors.per_cell * 4, 3, padding=1)
         init_weights(self, normal(.01))
         init_weights(self.retina_cls, normal(.01), bias=prior_bias(prior_prob))
 
-    def forward(self, features): # list of [B,C,H,W] → raw maps
+    def forward(self, features): # [B,C,H,W] per level → raw maps: cls [B,A·K,H,W], box [B,A·4,H,W] per level
         raw = dict(cls=[], box=[])
         for x in features:
             c = r = x
@@ -43,8 +49,8 @@ class RetinaHead(AnchorHead):
             raw["cls"].append(self.retina_cls(c)); raw["box"].append(self.retina_reg(r))
         return raw
 
-    def predict(self, raw, sizes, trace=None): # → list of Instances in network coordinates
+    def predict(self, raw, sizes, trace=None): # raw maps, (h, w) per image → per image Instances with boxes, labels, scores
         levels = self.priors(raw["cls"])
-        cls, box = [flat(x, self.num_classes) for x in raw["cls"]], [flat(x, 4) for x in raw["box"]]
+        cls, box = [flat(x, self.channels) for x in raw["cls"]], [flat(x, 4) for x in raw["box"]]
         return [dense_detections([(c[i], b[i], p) for c,b,p in zip(cls, box, levels)], self.coder, size, self.rule,
                                  part(trace, f"image {i}")) for i,size in enumerate(sizes)]

@@ -44,7 +44,8 @@ def funnel(
     steps = {"all anchors": everything, "top-k": trace["topk"], "clipped": trace["clipped"], "not empty": trace["sized"], "suppressed": trace["nms"]}
     if second is not None:
         s = second["samples"][0]
-        steps["sampled"] = Instances(s.boxes, scores=(torch.arange(len(s.boxes)) < s.num_pos).float())   # positives first
+        positive = (torch.arange(len(s.boxes)) < s.num_pos).float()
+        steps["sampled"] = Instances(s.boxes, scores=positive)[~s.is_gt]      # without the objects that training adds to them
     return steps
 
 # %% ../../nbs/15_explore/02_proposals.ipynb #coverage
@@ -58,10 +59,11 @@ def coverage(
     hit = box_iou(boxes, objects) >= iou
     return hit.any(0), hit.any(1)
 
-def lost_at(steps, objects, iou=.5)->list: # per object the first step after which no box covers it, or None
-    "Where each object was lost."
-    reached = [coverage(s.boxes, objects, iou)[0] for s in steps.values()]
-    return [next((n for n,r in zip(steps, reached) if not r[g]), None) for g in range(len(objects))]
+def lost_at(steps, objects, iou=.5)->list: # per object the step from which on no box covers it, or None
+    "Where each object was lost for good (a box that clipping pulls into place brings one back)."
+    reached = torch.stack([coverage(s.boxes, objects, iou)[0] for s in steps.values()])       # [steps,G]
+    last = [max(r.nonzero().flatten().tolist(), default=-1) + 1 for r in reached.T]
+    return [list(steps)[i] if i < len(steps) else None for i in last]
 
 # %% ../../nbs/15_explore/02_proposals.ipynb #render
 def render(scene, step="suppressed", top=40, iou=.5):
@@ -73,7 +75,7 @@ def render(scene, step="suppressed", top=40, iou=.5):
     covers = coverage(left.boxes, scene.objects.boxes, iou)[1][strong]
     tips = [f"score {s:.2f}" for s in left.scores[strong].tolist()]
     layers = [rects(left.boxes[strong[m]], k, titles=[t for t,x in zip(tips, m.tolist()) if x]) for k,m in (("negative", ~covers), ("positive", covers))]
-    layers += [rects(scene.objects.boxes[~gone], "object"), rects(scene.objects.boxes[gone], "lost", [f"lost: {w}" for w,g in zip(where, gone.tolist()) if g])]
+    layers += [rects(scene.objects.boxes[~gone], "object"), rects(scene.objects.boxes[gone], "lost", [("lost: " + w).replace("lost: all anchors", "out of every anchor's reach") for w,g in zip(where, gone.tolist()) if g])]
     return stack(svg(scene.jpeg, *layers), caption(f"after “{step}”: {len(left):,} boxes, the {len(strong)} strongest drawn"), rows(scene, step, iou))
 
 def rows(scene, step, iou): # the funnel as bars

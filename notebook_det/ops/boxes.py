@@ -10,34 +10,37 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/02_ops/01_boxes.ipynb #box-area
-EPS = 1e-6 # the smallest union, in square pixels: a box without area overlaps nothing instead of dividing by zero
+EPS = 1e-6 # the smallest area to divide by, square pixels: a box without area overlaps nothing instead of giving NaN
 
 def box_area(
     boxes:Tensor, # [...,4] xyxy
-)->Tensor: # [...] width × height, in square pixels
-    "Area of each box."
+)->Tensor: # [...] square pixels
+    "Width × height of each box."
     return (boxes[...,2] - boxes[...,0]) * (boxes[...,3] - boxes[...,1])
 
-# %% ../../nbs/02_ops/01_boxes.ipynb #areas
-def _areas(a, b, paired):
-    "Intersection and both areas: one number per pair for [N,4] against [N,4], or all pairs of [N,4] and [M,4]."
-    a, b = (x.float() if x.dtype in (torch.float16, torch.bfloat16) or not x.is_floating_point() else x for x in (a, b))
-    if not paired: a, b = a[...,:,None,:], b[...,None,:,:]               # [N,1,4] and [1,M,4]
+# %% ../../nbs/02_ops/01_boxes.ipynb #meet
+def _meet(
+    a:Tensor, b:Tensor, # boxes, [...,N,4] and [...,M,4]
+    paired:bool,        # box i with box i (shapes as they are), or all pairs
+): # intersection, area of a, area of b, and the boxes in a shape that goes together
+    "What all overlaps are made of."
+    a, b = (x.float() if x.dtype not in (torch.float32, torch.float64) else x for x in (a, b))
+    if not paired: a, b = a[...,:,None,:], b[...,None,:,:]                  # [N,1,4] with [1,M,4]
     w = (torch.min(a[...,2], b[...,2]) - torch.max(a[...,0], b[...,0])).clamp(min=0)
     h = (torch.min(a[...,3], b[...,3]) - torch.max(a[...,1], b[...,1])).clamp(min=0)
     return w*h, box_area(a), box_area(b), a, b
 
 # %% ../../nbs/02_ops/01_boxes.ipynb #overlap
 def _overlap(a, b, kind, paired):
-    "IoU, GIoU or intersection over the first box's area."
-    inter, area_a, area_b, a, b = _areas(a, b, paired)
+    "Any kind of overlap, in either layout."
+    inter, area_a, area_b, a, b = _meet(a, b, paired)
     if kind == "iof": return inter / area_a.clamp(min=EPS)
     union = (area_a + area_b - inter).clamp(min=EPS)
     if kind == "iou": return inter / union
     if kind != "giou": raise ValueError(f"kind must be 'iou', 'giou' or 'iof', not {kind!r}")
-    w = torch.max(a[...,2], b[...,2]) - torch.min(a[...,0], b[...,0])
-    h = torch.max(a[...,3], b[...,3]) - torch.min(a[...,1], b[...,1])
-    hull = (w.clamp(min=0) * h.clamp(min=0)).clamp(min=EPS)
+    w = (torch.max(a[...,2], b[...,2]) - torch.min(a[...,0], b[...,0])).clamp(min=0)
+    h = (torch.max(a[...,3], b[...,3]) - torch.min(a[...,1], b[...,1])).clamp(min=0)
+    hull = (w*h).clamp(min=EPS)
     return inter/union - (hull - union)/hull
 
 # %% ../../nbs/02_ops/01_boxes.ipynb #box-iou
@@ -53,7 +56,7 @@ def box_iof(
     a:Tensor, # [N,4] xyxy, whose area divides
     b:Tensor, # [M,4] xyxy
 )->Tensor: # [N,M] in 0 … 1
-    "Intersection over the first box's own area (`f` for foreground) of all pairs: how much of `a` lies in `b`."
+    "How much of each box of `a` lies in each of `b`: intersection over the first one's own area."
     return _overlap(a, b, "iof", paired=False)
 
 # %% ../../nbs/02_ops/01_boxes.ipynb #box-giou
@@ -61,22 +64,22 @@ def box_giou(
     a:Tensor, # [N,4] xyxy
     b:Tensor, # [M,4] xyxy
 )->Tensor: # [N,M] in -1 … 1
-    "Generalized IoU of all pairs (Rezatofighi et al. 2019, equation 4)."
+    "Generalized IoU of all pairs (Rezatofighi et al. 2019, algorithm 1)."
     return _overlap(a, b, "giou", paired=False)
 
 # %% ../../nbs/02_ops/01_boxes.ipynb #paired-iou
 def paired_iou(
-    a:Tensor,      # [...,4] xyxy
-    b:Tensor,      # [...,4] xyxy, one for each of `a`
-    kind:str="iou",# "iou", "giou" or "iof"
+    a:Tensor,       # [...,4] xyxy
+    b:Tensor,       # [...,4] xyxy, one for each of `a`
+    kind:str="iou", # "iou", "giou" or "iof"
 )->Tensor: # [...]
-    "Overlap of each box with its partner; differentiable."
+    "Overlap of each box with its partner."
     return _overlap(a, b, kind, paired=True)
 
 # %% ../../nbs/02_ops/01_boxes.ipynb #clip-boxes
 def clip_boxes(
     boxes:Tensor, # [...,4] xyxy
-    size,         # (height, width)
+    size,         # (height, width) of the image
 )->Tensor: # [...,4]
     "Cut boxes off at the image border."
     h, w = size

@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['read_image', 'fit_size', 'resize_image', 'pad_batch']
 
-# %% ../../nbs/02_ops/06_images.ipynb #3b3d7d1b
-from pathlib import Path
+# %% ../../nbs/02_ops/06_images.ipynb #dbcf7861
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+# %% ../../nbs/02_ops/06_images.ipynb #rgb
+def _rgb(im): # a Pillow image → [3,H,W] uint8
+    if im.mode.startswith("I;16") or im.mode == "I": im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))  # the upper 8 of 16 bits
+    return torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1).contiguous()                            # [H,W,3] → [3,H,W]
 
 # %% ../../nbs/02_ops/06_images.ipynb #read-image
 def read_image(
@@ -19,21 +23,17 @@ def read_image(
 )->Tensor: # [3,H,W] uint8 RGB
     "A picture, turned upright as its EXIF orientation says."
     try:
-        with Image.open(path) as im: return _to_rgb(ImageOps.exif_transpose(im))
+        with Image.open(path) as im: return _rgb(ImageOps.exif_transpose(im))
     except FileNotFoundError: raise FileNotFoundError(f"image {path} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"image {path} cannot be read: {e}") from None
 
-def _to_rgb(im):
-    if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) # 16 bits: keep the upper ones
-    return torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1).contiguous()       # [H,W,3] → [3,H,W]
-
 # %% ../../nbs/02_ops/06_images.ipynb #fit-size
 def fit_size(
     h:int, w:int,      # of the picture
-    scale=(1333, 800), # no longer than this on the long edge, no longer than that on the short one
+    scale=(1333, 800), # at most so long on the long edge, at most so long on the short one (in any order)
 ): # (height, width)
-    "The largest size of the same shape that fits `scale`, rounded as the reference does."
+    "The largest size of the same shape that fits."
     f = min(max(scale) / max(h, w), min(scale) / min(h, w))
     return max(1, int(h*f + .5)), max(1, int(w*f + .5))
 
@@ -42,17 +42,18 @@ def resize_image(
     image:Tensor, # [C,H,W] uint8
     size,         # (height, width)
 )->Tensor: # [C,height,width] uint8
-    "Bilinear, without antialiasing: what published detectors were trained with."
+    "Bilinear, without antialiasing."
     if tuple(image.shape[-2:]) == tuple(size): return image
     return interpolate(image[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 # %% ../../nbs/02_ops/06_images.ipynb #pad-batch
 def pad_batch(
     images,         # list of [C,H,W], sizes may differ
-    divisor:int=32, # height and width of the batch are multiples of this: every stride of a backbone divides it
+    divisor:int=32, # height and width of the batch are multiples of this
 )->Tensor: # [B,C,H',W']
-    "Stack pictures of different sizes: each top left in its own frame, zeros elsewhere."
-    h, w = (max(im.shape[d] for im in images) for d in (-2, -1))
-    out = images[0].new_zeros((len(images), images[0].shape[0], -(-h//divisor)*divisor, -(-w//divisor)*divisor))
+    "Stack pictures of different sizes: each upper left in its frame, zeros elsewhere."
+    if not len(images): raise ValueError("a batch needs at least one image")
+    h, w = (-(-max(im.shape[d] for im in images) // divisor) * divisor for d in (-2, -1))
+    out = images[0].new_zeros((len(images), images[0].shape[0], h, w))
     for im, to in zip(images, out): to[:, :im.shape[-2], :im.shape[-1]] = im
     return out

@@ -13,28 +13,28 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from .roi import roi_align
 
-# %% ../../nbs/02_ops/05_masks.ipynb #span
-def _span(
-    lo:float,   # where the box begins, pixels
-    hi:float,   # where it ends
-    cells:int,  # mask cells between them
-    limit:int,  # pixels of the picture
-):
-    "First and last + 1 pixel whose centre can see the mask: bilinear weights reach half a cell outside the box."
-    reach = (hi - lo) / (2*cells)
-    return max(0, math.floor(lo - reach) - 1), min(limit, math.ceil(hi + reach) + 1)
-
-# %% ../../nbs/02_ops/05_masks.ipynb #paste
-def _paste(
+# %% ../../nbs/02_ops/05_masks.ipynb #sample
+def _sample(
     mask:Tensor, # [h,w] probabilities
     box:Tensor,  # [4] xyxy
-    ys:Tensor, xs:Tensor, # pixel rows and columns of the region
+    ys:Tensor, xs:Tensor, # pixel rows and columns
 )->Tensor: # [len(ys),len(xs)] probabilities
-    "Bilinear samples of the mask at pixel centres, which the box maps to -1 … 1."
+    "The mask at pixel centres, bilinear."
     x = (xs + .5 - box[0]) / (box[2] - box[0]) * 2 - 1
     y = (ys + .5 - box[1]) / (box[3] - box[1]) * 2 - 1
-    grid = torch.stack((x[None].expand(len(y), -1), y[:,None].expand(-1, len(x))), -1)
+    grid = torch.stack((x[None].expand(len(y), -1), y[:,None].expand(-1, len(x))), -1)       # [len(ys),len(xs),2]
     return grid_sample(mask[None,None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0,0]
+
+# %% ../../nbs/02_ops/05_masks.ipynb #span
+def _span(
+    lo:float,  # where the box begins, pixels
+    hi:float,  # where it ends
+    cells:int, # mask cells between them
+    limit:int, # pixels of the picture
+): # first pixel, last pixel + 1
+    "The pixels whose centre can see the mask: bilinear weights reach half a cell out of the box; one more for rounding."
+    reach = (hi - lo) / (2*cells) + 1
+    return max(0, math.floor(max(lo - reach, 0))), min(limit, math.ceil(min(hi + reach, limit)))
 
 # %% ../../nbs/02_ops/05_masks.ipynb #paste-masks
 def paste_masks(
@@ -44,15 +44,15 @@ def paste_masks(
     threshold:float=.5, # a pixel belongs to the object from here on; above 0
 )->Tensor: # [N,height,width] bool
     "Paste each mask into its box; a box without area gets an empty mask."
-    if not threshold > 0: raise ValueError(f"threshold must be above 0, not {threshold}: below, a mask would fill the picture")
-    (H, W), (h, w) = size, masks.shape[-2:]
-    masks, boxes = masks.float(), boxes.float()
+    if not threshold > 0: raise ValueError(f"threshold must be above 0, not {threshold}: a mask would fill the picture")
+    if masks.ndim != 3 or boxes.shape != (len(masks), 4): raise ValueError(f"masks must be [N,h,w] and boxes [N,4], got {list(masks.shape)} and {list(boxes.shape)}")
+    (H, W), (h, w), masks, boxes = size, masks.shape[-2:], masks.float(), boxes.float()
     out = torch.zeros((len(masks), H, W), dtype=torch.bool, device=masks.device)
     rows, cols = (torch.arange(n, dtype=torch.float32, device=masks.device) for n in (H, W))
     for mask, box, to, (x1, y1, x2, y2) in zip(masks, boxes, out, boxes.tolist()):
         if not (x2 > x1 and y2 > y1 and all(map(math.isfinite, (x1, y1, x2, y2)))): continue
         (l, r), (t, b) = _span(x1, x2, w, W), _span(y1, y2, h, H)
-        if l < r and t < b: to[t:b,l:r] = _paste(mask, box, rows[t:b], cols[l:r]) >= threshold
+        if l < r and t < b: to[t:b,l:r] = _sample(mask, box, rows[t:b], cols[l:r]) >= threshold
     return out
 
 # %% ../../nbs/02_ops/05_masks.ipynb #crop-masks
@@ -60,17 +60,19 @@ def crop_masks(
     masks:Tensor,      # [G,H,W] bool, one per object
     boxes:Tensor,      # [N,4] xyxy
     size:int,          # of the target: 28
-    index:Tensor=None, # [N] which mask each box looks at; None: its own, N = G
-    chunk:int=2**24,   # at most about this many mask pixels are held as floats at a time
+    index:Tensor=None, # [N] which mask each box looks at; None: each its own, N = G
+    chunk:int=2**24,   # about so many mask pixels are held as floats at a time
 )->Tensor: # [N,size,size] float, 0 or 1
-    "What the mask branch should answer for each box: the object's mask, cut out and averaged down by RoIAlign, from one half on."
-    if index is None: index = torch.arange(len(boxes), device=boxes.device)
+    "What the mask head should answer for each box."
+    if index is None:
+        if len(masks) != len(boxes): raise ValueError(f"{len(masks)} masks for {len(boxes)} boxes: pass `index`, which mask each box looks at")
+        index = torch.arange(len(boxes), device=boxes.device)
     out = boxes.new_zeros((len(boxes), size, size), dtype=torch.float32)
-    step = max(1, chunk // max(1, masks[:1].numel()))
-    for first in range(0, len(masks), step):
-        mine = ((index >= first) & (index < first + step)).nonzero().flatten()
-        rois = torch.cat(((index[mine] - first).float()[:,None], boxes[mine].float()), 1)
-        out[mine] = (roi_align(masks[first:first+step, None].float(), rois, size)[:,0] >= .5).float()
+    step = max(1, chunk // max(1, masks.shape[-2]*masks.shape[-1]))
+    for first in range(0, len(masks) if len(boxes) else 0, step):
+        mine = slice(None) if step >= len(masks) else ((index >= first) & (index < first+step)).nonzero().flatten()
+        rois = torch.cat(((index[mine] - first)[:,None].float(), boxes[mine].float()), 1)                # [n,5]
+        out[mine] = (roi_align(masks[first:first+step,None].float(), rois, size)[:,0] >= .5).float()
     return out
 
 # %% ../../nbs/02_ops/05_masks.ipynb #encode-rle
@@ -80,27 +82,30 @@ def encode_rle(
     "COCO's run-length code of a mask."
     from pycocotools import mask as coco
     if mask.ndim == 2: return encode_rle(mask[None])[0]
-    flat = np.asfortranarray(mask.cpu().numpy().astype(np.uint8).transpose(1, 2, 0)) # [H,W,N]
-    return [dict(size=list(r["size"]), counts=r["counts"].decode("ascii")) for r in coco.encode(flat)]
+    a = mask.cpu().numpy().astype(np.uint8).transpose(1, 2, 0)               # [H,W,N]
+    return [dict(size=[int(v) for v in r["size"]], counts=r["counts"].decode("ascii")) for r in coco.encode(np.asfortranarray(a))] if a.shape[2] else []
 
 # %% ../../nbs/02_ops/05_masks.ipynb #decode-rle
 def decode_rle(
-    rle, # COCO's {"size", "counts"}, counts compressed (str, bytes) or a list of numbers; or a list of such
+    rle, # {"size": [H,W], "counts": str, bytes or list of run lengths}, or a list of such
 )->Tensor: # [H,W] bool, or [N,H,W]
     "The mask behind a run-length code."
     from pycocotools import mask as coco
     if not isinstance(rle, dict): return torch.stack([decode_rle(r) for r in rle])
-    h, w = rle["size"]
-    if isinstance(rle["counts"], (list, tuple)): rle = coco.frPyObjects(dict(size=[h, w], counts=list(rle["counts"])), h, w)
+    (h, w), counts = rle["size"], rle["counts"]
+    if isinstance(counts, (list, tuple)):
+        if sum(counts) != h*w or min(counts, default=0) < 0: raise ValueError(f"run lengths add up to {sum(counts)}, not to {h} × {w} = {h*w}")
+        rle = coco.frPyObjects(dict(size=[h, w], counts=list(counts)), h, w)
     return torch.from_numpy(coco.decode(rle).astype(bool))
 
 # %% ../../nbs/02_ops/05_masks.ipynb #polygons-to-mask
 def polygons_to_mask(
-    polygons, # list of flat [x, y, x, y, …], in pixels: their union is the object
+    polygons, # list of flat [x, y, x, y, …] in pixels; their union is the object
     size,     # (height, width)
 )->Tensor: # [height,width] bool
-    "Fill polygons as COCO does."
+    "Fill polygons as COCO does; pieces of fewer than three points are nothing."
     from pycocotools import mask as coco
-    polygons = [np.asarray(p, dtype=float).reshape(-1).tolist() for p in polygons if len(p) >= 6]
-    if not polygons: return torch.zeros(tuple(size), dtype=torch.bool)
-    return torch.from_numpy(coco.decode(coco.merge(coco.frPyObjects(polygons, *size))).astype(bool))
+    h, w = (int(v) for v in size)
+    polygons = [p for p in (np.asarray(p, dtype=float).reshape(-1).tolist() for p in polygons) if len(p) >= 6]
+    if not polygons: return torch.zeros((h, w), dtype=torch.bool)
+    return torch.from_numpy(coco.decode(coco.merge(coco.frPyObjects(polygons, h, w))).astype(bool))

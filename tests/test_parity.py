@@ -1,0 +1,32 @@
+"""The networks compute what the reference computes (see parity.py, which runs any case from the command line)."""
+import gzip, json
+from pathlib import Path
+import pytest
+import parity
+
+FOLDER = Path(__file__).parents[2]/"shared/parity"
+CASES = ("rpn_r50_fpn", "retinanet_r50_fpn", "retinanet_r18_fpn", "faster_rcnn_r50_fpn", "faster_rcnn_x101_32x4d_fpn", "faster_rcnn_r50_caffe_c4",
+         "faster_rcnn_r50_caffe_dc5", "mask_rcnn_r50_fpn", "mask_rcnn_r50_caffe_fpn", "mask_rcnn_r50_caffe_c4",
+         "faster_rcnn_iou", "faster_rcnn_giou", "faster_rcnn_bounded_iou")
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="skipped: the reference's cases are not here")
+
+
+def case(name): return json.loads(gzip.open(FOLDER/"cases"/f"{name}.json.gz").read())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees(name):
+    ok, text = parity.run(name, case(name), parity.load_inputs(FOLDER))
+    assert ok, text
+
+
+def test_the_comparison_can_fail():
+    "A loss off by a hundredth, a missing tensor, a shifted detection: each is noticed."
+    inputs, c = parity.load_inputs(FOLDER), case("retinanet_r18_fpn")
+    c["losses"]["loss_cls"] *= 1.01
+    c["detections"][0]["boxes"] = [[x + 9 for x in b] for b in c["detections"][0]["boxes"]]
+    ok, text = parity.run("changed", c, inputs)
+    assert not ok and "losses DIFFER" in text and "detections DIFFER" in text and "features agree" in text
+    del c["state"]["backbone.conv1.weight"]
+    ok, text = parity.run("changed", c, inputs)
+    assert not ok and "extra backbone.conv1.weight" in text
