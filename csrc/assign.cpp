@@ -47,14 +47,6 @@ template <class T> INLINE void overlaps(const Block<T>& b, const Boxes<T>& o, in
   }
 }
 
-template <class T> INLINE T most(const T* v) {
-  T m[N];
-  for (int l = 0; l < N; l++) m[l] = upper(v[l], T(0));
-  for (int half = N / 2; half; half /= 2)
-    for (int l = 0; l < half; l++) m[l] = upper(m[l], m[l + half]);
-  return m[0];
-}
-
 template <class T> struct Assign {
   static INLINE void run(const Job<T>* job) {
     const Job<T> j = *job;
@@ -83,7 +75,8 @@ template <class T> struct Assign {
           top[l] = upper(iou[l], top[l]);
         }
         if (!j.low_quality) continue;
-        T m = most(iou);
+        for (int l = 0; l < N; l++) iou[l] = upper(iou[l], T(0));
+        T m = most<N>(iou);
         if (m > best[g]) best[g] = m, where[g].clear();
         if (m == best[g] && m > 0) where[g].push_back(int32_t(first / N));
       }

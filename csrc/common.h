@@ -65,11 +65,18 @@ template <class T> using Int = typename IntOf<T>::type;  // as wide as T, so tha
 template <class T> INLINE T lower(T a, T b) { return a < b ? a : b; }
 template <class T> INLINE T upper(T a, T b) { return a > b ? a : b; }
 
-// Is any of N lanes not zero? Halving keeps it in registers.
+// Is any of N lanes not zero? Halving keeps it in registers (as a template: a loop over the halves would go through memory).
 template <int N, class I> INLINE bool any(I* lane) {
-  for (int half = N / 2; half; half /= 2)
-    for (int l = 0; l < half; l++) lane[l] |= lane[l + half];
-  return lane[0] != 0;
+  if constexpr (N == 1) return lane[0] != 0;
+  for (int l = 0; l < N / 2; l++) lane[l] |= lane[l + N / 2];
+  if constexpr (N > 1) return any<N / 2>(lane);
+}
+
+// The largest of N lanes; those that are not numbers do not count
+template <int N, class T> INLINE T most(T* lane) {
+  if constexpr (N == 1) return lane[0];
+  for (int l = 0; l < N / 2; l++) lane[l] = upper(lane[l], lane[l + N / 2]);
+  if constexpr (N > 1) return most<N / 2>(lane);
 }
 
 inline void require(bool ok, const std::string& sentence) {
