@@ -6,7 +6,8 @@
     python benchmarks/small.py --speed faster_rcnn tv_faster_rcnn   # alternating steps in one process: the ratio that counts
 
 Both sides get the same pictures (uint8, cached after the resize) in the same order with the same flips, the same ImageNet
-MobileNetV2, the same loop and evaluator. MobileNetV2: normalisation statistics and affines frozen, every convolution trained.
+MobileNetV2, the same loop and evaluator. MobileNetV2: normalisation statistics and affines frozen; the first convolution and the stages of stride 2 and 4 frozen,
+like stem and first stage of the published recipes (rows without `frozen_stages` were made with every convolution trained).
 """
 import argparse, datetime, json, math, os, platform, re, resource, sys, time, zlib
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.zoo import recipes as zoo
 
 COLORS = [230, 159, 0, 0, 60, 255, 0, 130, 60] # of outlines: RBC orange, WBC blue, platelets green; nuclei in turn
-RATES = (.005, .01, .02, .04)
+RATES, FROZEN = (.005, .01, .02, .04), 2
 SHARED, OUT, BATCH = ROOT.parent/"shared/data", ROOT/"benchmarks/results/small", 4
 WEIGHTS = SHARED/"weights/mobilenet_v2_1.0_224_quant_dequant_bnrecal_fp16.pth"
 
@@ -95,6 +96,7 @@ def imagenet(): return torch.load(WEIGHTS, weights_only=True)
 def tv_backbone(levels, extra):
     net, keep = mobilenet_v2(num_classes=1001, norm_layer=FrozenBatchNorm2d), list(TAPS)[-levels:]
     net.load_state_dict(imagenet())
+    net.features[:4].requires_grad_(False)     # the first convolution and the stages of stride 2 and 4, as frozen_stages=2 of ours
     return BackboneWithFPN(net.features, {k: k for k in keep}, [TAPS[k] for k in keep], 128, extra)
 
 def same(d): # x/127.5 - 1, and no resize: the pictures come at their size
@@ -117,7 +119,7 @@ def tv_retinanet(d):
 # ---- ours
 
 def ours(d, family):
-    recipe = family(zoo.mobilenet_v2(), d.classes, pixels=zoo.tf_pixels(), out_channels=128)
+    recipe = family(zoo.mobilenet_v2(frozen_stages=FROZEN), d.classes, pixels=zoo.tf_pixels(), out_channels=128)
     if family is zoo.retinanet: recipe.bbox_head.anchors.octave_base_scale, recipe.bbox_head.rule.max_detections = 2, d.detections
     else:
         recipe.rpn_head.anchors.scales = (d.scale,)
@@ -217,7 +219,7 @@ def draw(pictures, path, limit=100_000):
 def setting(a):
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.*)|$", info)[1] or platform.machine()
-    return dict(seed=a.seed, threads=torch.get_num_threads(), machine=f"{cpu}, {os.cpu_count()} cores",
+    return dict(seed=a.seed, frozen_stages=FROZEN, threads=torch.get_num_threads(), machine=f"{cpu}, {os.cpu_count()} cores",
                 versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__),
                 command=re.sub(r" --keep[ =]\S+", "", " ".join(["python benchmarks/small.py", *sys.argv[1:]])), date=f"{datetime.date.today()}")
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'SETTINGS', 'spoken', 'sentence', 'call', 'read_recipe', 'read_size', 'Length', 'check', 'rate', 'optimizer',
-           'start', 'prepare', 'set_for', 'training_set', 'present', 'judge_of', 'main_numbers', 'Setup', 'mixed_step',
-           'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'finish', 'test', 'predict', 'zoo']
+           'start', 'prepare', 'set_for', 'training_set', 'data_sets', 'present', 'judge_of', 'main_numbers', 'Setup',
+           'mixed_step', 'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'finish', 'test', 'predict',
+           'zoo']
 
 # %% ../../nbs/14_zoo/04_cli.ipynb #d1fa85bc
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ def spoken(command):
         if debug: return command(*args, **kw)
         try: return command(*args, **kw)
         except KeyboardInterrupt: raise SystemExit(f"{prog}: stopped by you") from None
-        except (ValueError, OSError, RuntimeError, NotImplementedError, TypeError) as e: raise SystemExit(f"{prog}: {sentence(e)}") from e
+        except (ValueError, OSError, RuntimeError, TypeError) as e: raise SystemExit(f"{prog}: {sentence(e)}") from e
+        except Exception as e: raise SystemExit(f"{prog}: this should not happen: {type(e).__name__}: {sentence(e)}; --debug shows where") from e
     return run
 
 def sentence(error)->str:
@@ -144,6 +146,10 @@ def training_set(annotations, images, data)->CocoDetection:
     if lost: note(f"left out of {annotations}: " + ", ".join(f"{n} annotations ({why})" for why,n in lost.items()))
     return present(ds)
 
+def data_sets(data, train, images, val=None, val_images=None): # → (training set, data set to evaluate on or None)
+    ds = training_set(train, images, data)
+    return ds, present(CocoDetection(val, val_images, ds.classes, test_transform(data), data.masks)) if val else None
+
 def present(ds):
     "The same data set, once every picture of it is there."
     for i in progress(range(len(ds)), label="looking for the pictures"):
@@ -193,7 +199,7 @@ def draw_results(model, ds, folder, n=6, score=.3):
     curves = plot_log(folder)[0].figure
     some = [ds[i] for i in range(0, len(ds), max(1, len(ds) // n))][:n]
     with torch.no_grad(): found = [model.predict(x, score=score) for x,_ in some]
-    sheet = grid([x for x,_ in some] * 2, [t for _,t in some] + found, ds.classes, ["truth"] * len(some) + ["found"] * len(some), cols=len(some), size=2.4)
+    sheet = grid([x for x,_ in some] * 2, [t for _,t in some] + found, ds.classes if model.num_classes else None, ["truth"] * len(some) + ["found"] * len(some), cols=len(some), size=2.4)
     out = Path(folder)/"curves.png", Path(folder)/"detections.png"
     for fig,path in zip((curves, sheet), out):
         write_atomic(path, lambda f, fig=fig: fig.savefig(f, format="png", dpi=90, facecolor="white"))
@@ -252,11 +258,9 @@ def train(
     if toy: made = make_toy(out.parent/"toy"); train, val, images, size = made.train, made.val, made.images, size or "256"
     if not images: raise ValueError("--images is missing: the folder that the pictures of --train are in")
     e = prepare(recipe, CocoDetection(train, images).classes, size, set, init)
-    data, length = build(e.data), Length(build(e.schedule), epochs, iterations)
-    train_ds = training_set(train, images, data)
-    val_ds = present(CocoDetection(val, val_images or images, train_ds.classes, test_transform(data), data.masks)) if val else None
-    torch.manual_seed(seed)
-    model = build(e.model)
+    length = Length(build(e.schedule), epochs, iterations)
+    train_ds, val_ds = data_sets(build(e.data), train, images, val, val_images or images)
+    torch.manual_seed(seed); model = build(e.model)
     lr, why = rate(length.plan, batch, lr)
     began = "weights: those of the run that goes on" if resume else start(model, e, init)
     runner, judge = make_runner(e, model, train_ds, val_ds, length, batch, lr, out, seed, device, workers, eval_every)
@@ -302,7 +306,7 @@ def test(
     judge = CocoEvaluator(ds, ("bbox", "segm") if masks else ("bbox",)) if model.num_classes else ProposalRecall(ds)
     evaluate(model, progress(make_loader(ds, 1, train=False, workers=workers), label="evaluating"), judge, model.normalize.mean.device)
     note(judge.table())
-    if out: judge.save(out); note(f"detections: {out}")
+    if out and model.num_classes: judge.save(out); note(f"detections: {out}")
 
 # %% ../../nbs/14_zoo/04_cli.ipynb #predict
 @call_parse

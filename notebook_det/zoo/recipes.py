@@ -248,9 +248,8 @@ def small(name)->Config: # a key of SMALL
     if name != "retinanet_mobilenet":
         model.rpn_head.train_rule.max_proposals = model.rpn_head.test_rule.max_proposals = 500
         model.roi_head.sampler.num = 128
-    rate = .01 if name == "retinanet_mobilenet" else .02
-    return Config(Experiment, model, Config(Data, ((640, 480),), test_scale=(640, 480), masks=name.startswith("mask")),
-                  Config(Schedule, 24, (16, 22), rate, 8, warmup=200, max_norm=10.), name=name)
+    schedule = Config(Schedule, 24, (18, 22), .001, 4, weight_decay=.01, warmup=100, max_norm=10., optimizer="adamw")
+    return Config(Experiment, model, Config(Data, ((640, 480),), test_scale=(640, 480), masks=name.startswith("mask")), schedule, name=name)
 
 # %% ../../nbs/14_zoo/01_recipes.ipynb #recipe
 FAMILIES = {"rpn": rpn, "retinanet": retinanet, "faster-rcnn": faster_rcnn, "mask-rcnn": mask_rcnn}
