@@ -65,13 +65,6 @@ template <class T> using Int = typename IntOf<T>::type;  // as wide as T, so tha
 template <class T> INLINE T lower(T a, T b) { return a < b ? a : b; }
 template <class T> INLINE T upper(T a, T b) { return a > b ? a : b; }
 
-// Is any of N lanes not zero? Halving keeps it in registers (as a template: a loop over the halves would go through memory).
-template <int N, class I> INLINE bool any(I* lane) {
-  if constexpr (N == 1) return lane[0] != 0;
-  for (int l = 0; l < N / 2; l++) lane[l] |= lane[l + N / 2];
-  if constexpr (N > 1) return any<N / 2>(lane);
-}
-
 // The largest of N lanes; those that are not numbers do not count
 template <int N, class T> INLINE T most(T* lane) {
   if constexpr (N == 1) return lane[0];

@@ -1,13 +1,13 @@
 // Greedy non-maximum suppression: plain, inside groups, and over a whole boxes × classes table.
 //
 // One loop serves all three. It walks the candidates by falling score (ties: lower index first), and asks of each whether a
-// box that its group has already kept overlaps it by more than the threshold. A group keeps its boxes in blocks of 64 bytes
-// per coordinate, so that 16 of them are compared at once. With `max_keep` the walk ends early, and what it never reaches
-// is not even sorted.
+// box that its group has already kept overlaps it by more than the threshold. A group keeps its boxes in blocks of 64,
+// coordinate by coordinate, so that 16 of them are compared at once. With `max_keep` the walk ends early, and what it never
+// reaches is not even sorted.
 //
 // The decision is torchvision's to the last bit: inter / (area + area' - inter) > threshold. A division is slow, so a cheap
 // bound comes first: inter > t·area + t·area' with t a little below threshold / (1 + threshold). Only where it holds (almost
-// always because the box is in fact suppressed) are the four blocks in question compared exactly.
+// always because the box is in fact suppressed) is the block in question compared exactly.
 #include "common.h"
 #include <algorithm>
 #include <cmath>
@@ -34,10 +34,10 @@ template <class T> INLINE Key<T> key_of(T score, int64_t index) {
 }
 
 // Radix sort, 11 bits of the score at a time (the indices are in order already)
-template <class T> void sort_keys(Key<T>* keys, int64_t n, std::vector<Key<T>>& spare) {
+template <class T> void sort_keys(Key<T>* keys, int64_t n) {
   if (n < 512) return std::sort(keys, keys + n);
-  spare.resize(n);
-  Key<T>*from = keys, *to = spare.data();
+  std::unique_ptr<Key<T>[]> spare(new Key<T>[n]);
+  Key<T>*from = keys, *to = spare.get();
   for (unsigned shift = 32; shift < 32 + 8 * sizeof(T); shift += 11) {
     uint32_t start[2049] = {};
     for (int64_t i = 0; i < n; i++) start[(uint32_t(from[i] >> shift) & 2047) + 1]++;
@@ -49,9 +49,9 @@ template <class T> void sort_keys(Key<T>* keys, int64_t n, std::vector<Key<T>>& 
   if (from != keys) std::copy(from, from + n, keys);
 }
 
-template <class T> struct Block {                  // kept boxes of one group, 64 bytes of each number
-  T x1[LANES<T>], y1[LANES<T>], x2[LANES<T>], y2[LANES<T>], bound[LANES<T>];
-};
+// Kept boxes of one group, coordinate by coordinate: four times 64 bytes, so that one branch serves 64 floats or 32 doubles
+template <class T> constexpr int WIDE = 4 * LANES<T>;
+template <class T> struct Block { T x1[WIDE<T>], y1[WIDE<T>], x2[WIDE<T>], y2[WIDE<T>], bound[WIDE<T>]; };
 
 template <class T> struct Walk {
   const T* boxes;                                  // [rows,4], or [rows,classes,4] where each class has its own
@@ -62,73 +62,82 @@ template <class T> struct Walk {
   Block<T>* kept;
   const int64_t* first;                            // first block of each group
   int64_t* count;                                  // boxes kept by each group
-  int64_t* out;
+  const Key<T>* keys;                              // candidates by falling score
+  const uint32_t* turn;                            // whose turn it is: places in `keys`; null: as they are
+  uint8_t* stays;                                  // for each place
   int64_t found, max_keep;
   T zero;
 
   INLINE int64_t row(int64_t i) const { return classes == 1 ? i : uint32_t(i) / uint32_t(classes); }
+  INLINE int64_t group_of(int64_t i) const { return group ? group[i] : i - row(i) * classes; }
   INLINE const T* box(int64_t i) const { return boxes + 4 * (own ? i : row(i)); }
   INLINE T bound(T area) const { T b = t * area; return b < T(1e-30) ? T(0) : b; }   // no denormals: they round differently
 };
 
 template <class T> struct Greedy {
-  // Does one of n ≤ 4 blocks hold a box that suppresses (x1, y1, x2, y2)?
-  static INLINE bool exactly(const Block<T>* b, int64_t n, T x1, T y1, T x2, T y2, T threshold) {
-    T area = (x2 - x1) * (y2 - y1);
-    Int<T> hit[LANES<T>] = {};
-    for (int64_t k = 0; k < n; k++)
+  // Does the block hold a box that suppresses (x1, y1, x2, y2)?
+  static INLINE bool exactly(const Block<T>& b, T x1, T y1, T x2, T y2, T threshold) {
+    const T area = (x2 - x1) * (y2 - y1);
+    Int<T> hit[LANES<T>] = {}, any = 0;
+    for (int k = 0; k < WIDE<T>; k += LANES<T>)
       for (int l = 0; l < LANES<T>; l++) {
-        T w = upper(lower(b[k].x2[l], x2) - upper(b[k].x1[l], x1), T(0));
-        T h = upper(lower(b[k].y2[l], y2) - upper(b[k].y1[l], y1), T(0));
-        T inter = w * h, other = (b[k].x2[l] - b[k].x1[l]) * (b[k].y2[l] - b[k].y1[l]);
+        T w = upper(lower(b.x2[k + l], x2) - upper(b.x1[k + l], x1), T(0));
+        T h = upper(lower(b.y2[k + l], y2) - upper(b.y1[k + l], y1), T(0));
+        T inter = w * h, other = (b.x2[k + l] - b.x1[k + l]) * (b.y2[k + l] - b.y1[k + l]);
         hit[l] |= inter / (other + area - inter) > threshold;
       }
-    return any<LANES<T>>(hit);
+    for (int l = 0; l < LANES<T>; l++) any |= hit[l] << l;
+    return any != 0;
   }
 
-  // The bound: can one of them? Unused lanes hold a box that overlaps nothing. `zero` is 0 behind the compiler's back: it
-  // would turn a maximum with a plain 0 into a comparison and a mask. A negative height gives no positive product, as w ≥ 0.
-  static INLINE bool perhaps(const Block<T>* b, int64_t n, T x1, T y1, T x2, T y2, T bound, T zero) {
+  // The bound: can it? Unused lanes hold a box that overlaps nothing. `zero` is 0 behind the compiler's back: it would turn a
+  // maximum with a plain 0 into a comparison and a mask. A negative height gives no positive product, as w ≥ 0.
+  static INLINE bool perhaps(const Block<T>& b, T x1, T y1, T x2, T y2, T bound, T zero) {
     T most[LANES<T>] = {};
-    for (int64_t k = 0; k < n; k++)
+    for (int k = 0; k < WIDE<T>; k += LANES<T>)
       for (int l = 0; l < LANES<T>; l++) {
-        T w = upper(lower(b[k].x2[l], x2) - upper(b[k].x1[l], x1), zero);
-        T h = lower(b[k].y2[l], y2) - upper(b[k].y1[l], y1);
-        most[l] = upper(w * h - b[k].bound[l], most[l]);
+        T w = upper(lower(b.x2[k + l], x2) - upper(b.x1[k + l], x1), zero);
+        T h = lower(b.y2[k + l], y2) - upper(b.y1[k + l], y1);
+        most[l] = upper(w * h - b.bound[k + l], most[l]);
       }
-    Int<T> hit[LANES<T>];
-    for (int l = 0; l < LANES<T>; l++) hit[l] = most[l] > bound;
-    return any<LANES<T>>(hit);
+    Int<T> any = 0;
+    for (int l = 0; l < LANES<T>; l++) any |= Int<T>(most[l] > bound) << l;
+    return any != 0;
   }
 
-  static INLINE void run(Walk<T>* walk, const Key<T>* begin, const Key<T>* end) {
+  static INLINE void run(Walk<T>* walk, int64_t begin, int64_t end) {
     Walk<T> w = *walk;
     const T zero = w.zero;
-    for (const Key<T>* k = begin; k < end && w.found != w.max_keep; k++) {
-      int64_t i = uint32_t(*k), row = w.row(i), g = w.group ? w.group[i] : i - row * w.classes;
-      if (k + 8 < end) __builtin_prefetch(w.box(uint32_t(k[8])));
-      const T* box = w.box(i);
-      T x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3], bound = w.bound((x2 - x1) * (y2 - y1));
+    for (int64_t k = begin; k < end && w.found != w.max_keep; k++) {
+      const int64_t place = w.turn ? w.turn[k] : k, i = uint32_t(w.keys[place]), g = w.group_of(i);
+      if (k + 8 < end) __builtin_prefetch(w.box(uint32_t(w.keys[w.turn ? w.turn[k + 8] : k + 8])));
+      const T *box = w.box(i), x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3], bound = w.bound((x2 - x1) * (y2 - y1));
       Block<T>* kept = w.kept + w.first[g];
-      int64_t count = w.count[g], blocks = (count + LANES<T> - 1) / LANES<T>;
+      const int64_t count = w.count[g], blocks = (count + WIDE<T> - 1) / WIDE<T>;
       bool gone = false;
-      for (int64_t b = 0; b < blocks && !gone; b += 4) {
-        int64_t n = lower<int64_t>(blocks - b, 4);
-        gone = (n == 4 ? perhaps(kept + b, 4, x1, y1, x2, y2, bound, zero) : perhaps(kept + b, n, x1, y1, x2, y2, bound, zero)) &&
-               exactly(kept + b, n, x1, y1, x2, y2, w.threshold);
-      }
+      for (int64_t b = 0; b < blocks && !gone; b++)
+        gone = perhaps(kept[b], x1, y1, x2, y2, bound, zero) && exactly(kept[b], x1, y1, x2, y2, w.threshold);
       if (gone) continue;
-      Block<T>& last = kept[count / LANES<T>];
-      int l = count % LANES<T>;
+      Block<T>& last = kept[count / WIDE<T>];
+      const int l = count % WIDE<T>;
       if (l == 0)
-        for (int e = 0; e < LANES<T>; e++) last.x1[e] = last.y1[e] = 1, last.x2[e] = last.y2[e] = last.bound[e] = 0;
+        for (int e = 0; e < WIDE<T>; e++) last.x1[e] = last.y1[e] = 1, last.x2[e] = last.y2[e] = last.bound[e] = 0;
       last.x1[l] = x1, last.y1[l] = y1, last.x2[l] = x2, last.y2[l] = y2, last.bound[l] = bound;
       w.count[g] = count + 1;
-      w.out[w.found++] = i;
+      w.stays[place] = 1, w.found++;
     }
     walk->found = w.found;
   }
 };
+
+// Where all groups are wanted to the end, one after the other is quicker: the boxes that it kept stay in the nearest cache
+template <class T> const uint32_t* turns(const Walk<T>& w, int64_t n, const std::vector<int64_t>& sizes, std::vector<uint32_t>& turn) {
+  std::vector<int64_t> at(sizes.size());
+  for (size_t g = 1; g < sizes.size(); g++) at[g] = at[g - 1] + sizes[g - 1];
+  turn.resize(n);
+  for (int64_t k = 0; k < n; k++) turn[at[w.group_of(uint32_t(w.keys[k]))]++] = uint32_t(k);
+  return turn.data();
+}
 
 // The common end: keys of all candidates and the number of them in each group are known; returns the kept candidates
 template <class T>
@@ -139,27 +148,35 @@ std::vector<int64_t> walk_all(Walk<T> w, Key<T>* keys, int64_t n, const std::vec
   w.threshold = T(threshold);                      // torchvision compares with a double: x > threshold is x > the T below it
   if (double(w.threshold) > threshold) w.threshold = std::nextafter(w.threshold, T(-1));
   w.t = T(threshold / (1 + threshold) * (1 - 16 * double(std::numeric_limits<T>::epsilon())));
-  std::vector<int64_t> first(G), count(G), out(max_keep);
+  std::vector<int64_t> first(G), count(G);
+  std::vector<uint8_t> stays(n);
+  std::vector<uint32_t> turn;
   int64_t blocks = 0;
-  for (int64_t g = 0; g < G; g++) first[g] = blocks, blocks += (std::min(sizes[g], max_keep) + LANES<T> - 1) / LANES<T>;
+  for (int64_t g = 0; g < G; g++) first[g] = blocks, blocks += (std::min(sizes[g], max_keep) + WIDE<T> - 1) / WIDE<T>;
   std::unique_ptr<Block<T>[]> kept(new Block<T>[blocks]);
-  w.kept = kept.get(), w.first = first.data(), w.count = count.data(), w.out = out.data(), w.found = 0, w.max_keep = max_keep, w.zero = 0;
-  std::vector<Key<T>> spare;
-  for (int64_t done = 0, step = std::max<int64_t>(1024, 4 * max_keep); done < n && w.found < max_keep; step *= 2) {
+  w.kept = kept.get(), w.first = first.data(), w.count = count.data(), w.keys = keys, w.turn = nullptr, w.stays = stays.data();
+  w.found = 0, w.max_keep = max_keep, w.zero = 0;
+  int64_t done = 0;
+  for (int64_t step = std::max<int64_t>(1024, 4 * max_keep); done < n && w.found < max_keep; step *= 2) {
     int64_t upto = n - done <= 2 * step ? n : done + step;    // the next best `step`; all, where that is most of them
     if (upto < n) std::nth_element(keys + done, keys + upto, keys + n);
     if (upto < n || done) std::sort(keys + done, keys + upto);
-    else sort_keys<T>(keys, n, spare);             // by index so far, as the radix sort wants it
-    dispatch<Greedy<T>>(&w, (const Key<T>*)keys + done, (const Key<T>*)keys + upto);
+    else sort_keys<T>(keys, n);                    // by index so far, as the radix sort wants it
+    if (max_keep == n && G > 1) w.turn = turns(w, n, sizes, turn);
+    dispatch<Greedy<T>>(&w, done, upto);
     done = upto;
   }
-  out.resize(w.found);
+  std::vector<int64_t> out;
+  out.reserve(w.found);
+  for (int64_t k = 0; k < done; k++)
+    if (stays[k]) out.push_back(uint32_t(keys[k]));
   return out;
 }
 
-// Groups of any numbers → 0 … count-1
+// Groups of any numbers → 0, 1, 2, …, and the size of each
 std::vector<int32_t> dense(const int64_t* group, int64_t n, std::vector<int64_t>& sizes) {
   std::vector<int32_t> out(n);
+  sizes.assign(1, 0);
   if (n == 0) return out;
   auto [lo, hi] = std::minmax_element(group, group + n);
   if (uint64_t(*hi) - uint64_t(*lo) < uint64_t(4 * n + 1024)) {

@@ -118,3 +118,18 @@ def test_a_truncated_download_never_loads_half(tmp_path):
         (tmp_path/"cut.pth").write_bytes(whole[:int(share * len(whole))])
         with pytest.raises(CheckpointError, match=r"cut\.pth"): load_checkpoint(model, tmp_path/"cut.pth")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- ImageNet weights that torchvision fetches
+
+def test_weights_are_fetched_by_name(monkeypatch):
+    import torchvision
+    from torchvision.models import _api
+    asked = []
+    monkeypatch.setattr(_api, "load_state_dict_from_url", lambda url, *a, **kw: (asked.append(url), torchvision.models.resnet50(weights=None).state_dict())[1])
+    for name, file in (("torchvision:resnet50", "resnet50-0676ba61.pth"), (zoo.recipe("faster-rcnn_r50_fpn_tnr-pretrain_1x_coco").pretrained, "resnet50-11ad3fa6.pth")):
+        assert not zoo.load_imagenet(build(zoo.resnet(50)), name).missing
+        assert asked[-1].endswith(file)
+    def down(*a, **kw): raise OSError("no route to host")
+    monkeypatch.setattr(_api, "load_state_dict_from_url", down)
+    with pytest.raises(CheckpointError, match=r"'torchvision:resnet50' could not be fetched \(no route to host\); give a file"): zoo.load_imagenet(build(zoo.resnet(50)), "torchvision:resnet50")

@@ -284,9 +284,9 @@ def load_imagenet(
 def fetch(name):
     "ImageNet weights from torchvision's server, kept in torch's cache."
     import torchvision
-    source, _, arch = str(name).partition(":")
+    source, arch, version = (*str(name).split(":"), "IMAGENET1K_V1")[:3]
     if source != "torchvision" or arch not in torchvision.models.list_models(): raise CheckpointError(f"there are no weights {name!r} to fetch; give a file")
-    try: return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    try: return getattr(torchvision.models.get_model_weights(arch), version).get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError, AttributeError) as e: raise CheckpointError(f"the weights {name!r} could not be fetched ({e}); give a file instead") from e
 
 # %% ../../nbs/14_zoo/02_checkpoints.ipynb #roundedanchors

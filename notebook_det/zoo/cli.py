@@ -337,8 +337,11 @@ def zoo(
     "List the detectors that can be trained, with what was published of them on COCO. Example: ndet-zoo retinanet"
     if show: return note(repr(tree(zoo_recipe(show))))
     rows = {r["name"]: r for r in table()}
-    found = [n for n in names() if search.lower() in n.lower() or n in rows and search.lower() in stem(rows[n]).lower()]
-    if not found: zoo_recipe(search)                # raises, and says what is near
+    ours, wanted = set(names()), lambda n: search.lower() in n.lower() or n in rows and search.lower() in stem(rows[n]).lower()
+    found, later = [n for n in names() if wanted(n)], [n for n in rows if wanted(n) and n not in ours]
+    if later: note(f"{len(later)} published names are not in this version yet, such as {later[0]}")
+    elif not found: zoo_recipe(search)              # raises, and says what is near
+    if not found: return
     wide = max(map(len, found))
     note(f"{'name':<{wide}}  box AP  mask AP  epochs")
     for n in found:

@@ -6,18 +6,19 @@
 __all__ = ['SUFFIXES', 'Predictions', 'recipe_of', 'load', 'category_ids', 'find_photos', 'predict_folder', 'draw_to',
            'write_json']
 
-# %% ../../nbs/14_zoo/03_predict.ipynb #0165b2bd
+# %% ../../nbs/14_zoo/03_predict.ipynb #bf9ff497
 import glob, json
 from collections import namedtuple
+from copy import deepcopy
 from pathlib import Path
 from ..engine.checkpoint import CheckpointError, latest, write_atomic
 from ..evaluation.coco import as_results, pack
 from ..foundations.draw import pixels, show
-from ..foundations.progress import note, progress
+from ..foundations.progress import progress
 from ..foundations.recipes import Config, build, from_json
 from ..ops.images import read_image
-from .checkpoints import Report, class_names, put, read_file
-from .recipes import Experiment, recipe as zoo_recipe, set_classes, table
+from .checkpoints import class_names, put, read_file
+from .recipes import recipe as zoo_recipe, set_classes, table
 
 # %% ../../nbs/14_zoo/03_predict.ipynb #recipe-of
 def recipe_of(
@@ -40,7 +41,7 @@ def load(
     "A trained detector, ready to predict; no code of its own is needed."
     path = latest(path) if Path(path).is_dir() else Path(path)
     data = read_file(path)
-    node = zoo_recipe(recipe) if isinstance(recipe, str) else recipe if recipe is not None else recipe_of(data, path)
+    node = zoo_recipe(recipe) if isinstance(recipe, str) else deepcopy(recipe) if recipe is not None else recipe_of(data, path)
     node = getattr(node, "model", node)                             # an Experiment, or the detector alone
     if recipe is not None and (names := class_names(data)): set_classes(node, names)
     model = build(node)

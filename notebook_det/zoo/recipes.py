@@ -275,6 +275,7 @@ def recipe(
 def refuse(name, row):
     "A sentence for a name without a recipe."
     if row: raise NotYet(f"{name}: the family {row['family']} is not in this version")
+    if re.search("^fast-rcnn|^htc|ohem|soft-nms", name): raise NotYet(f"{name}: some of its parts are not in this version")
     near = difflib.get_close_matches(name, [*SMALL, *(n for r in table() for n in (r["name"], stem(r)))], 3)
     raise ValueError(f"there is no recipe {name!r}" + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "; `ndet-zoo` lists what there is"))
 
