@@ -96,7 +96,8 @@ def load()->str: # where the operators come from, in words
         torch.ops.load_library(str(path))
         return str(path)
     except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        why = next((l for l in lines if "error:" in l), lines[0])[:200]           # a compiler says a lot
         print(f"notebook_det: operators run on their readable references, slower but the same: {why}", file=sys.stderr)
         return f"references ({why})"
 
