@@ -1,7 +1,7 @@
 "Recipes, published weights, and detectors ready to use: `from notebook_det import zoo; zoo.recipe(…)`."
 from importlib import import_module
 
-_HOME = {"recipes": "recipe names table small resnet mobilenet_v2 fpn rpn_head rpn retinanet faster_rcnn mask_rcnn faster_rcnn_c4 faster_rcnn_dc5 "
+_HOME = {"recipes": "recipe names table laptop resnet mobilenet_v2 fpn rpn_head rpn retinanet faster_rcnn mask_rcnn faster_rcnn_c4 faster_rcnn_dc5 "
                     "torchvision_pixels caffe_pixels d2_pixels tf_pixels set_classes from_scratch train_transform test_transform "
                     "Data Schedule Experiment NotYet",
          "checkpoints": "load_checkpoint load_imagenet torchvision_conventions Report",
