@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_images', 'Normalize', 'stack', 'to_image', 'Detector']
 
-# %% ../../nbs/10_detectors/00_base.ipynb #a0624884
+# %% ../../nbs/10_detectors/00_base.ipynb #1be93331
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Normalize(nn.Module):
 
     def forward(self, images)->Images: # Images, list of [3,H,W], or [B,3,H,W]; uint8, or float 0 … 1 (float Images: left alone)
         if isinstance(images, Images):
-            return images if images.tensor.is_floating_point() else Images(self.pixels(images.tensor, images.sizes), images.sizes, images.original_sizes)
+            return images if images.tensor.is_floating_point() else replace(images, tensor=self.pixels(images.tensor, images.sizes))
         images = list(images)
         check_images(images)
         sizes = [tuple(x.shape[-2:]) for x in images]
@@ -80,11 +81,11 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone, self.neck = backbone, neck
         self.normalize = normalize or Normalize()
-        self.test_scale = test_scale         # `predict` fits pictures into (longest, shortest) side
+        self.test_scale = test_scale         # `predict` fits pictures into (longest, shortest) side; with keep_ratio False: exactly (width, height)
         self.classes = classes               # names, if known
         if classes is not None and self.num_classes is not None and len(classes) != self.num_classes:
             raise ValueError(f"{len(classes)} class names for a detector of {self.num_classes} classes")
-    num_classes = None
+    num_classes, keep_ratio = None, True
 
     def features(self, x): # [B,3,H,W] → list of [B,C,H,W], finest first
         x = self.backbone(x)
@@ -113,10 +114,13 @@ class Detector(nn.Module):
         finally: self.train(was)
         return [f[f.scores >= score] for f in found] if score > 0 else found
 
+    def fitted(self, h, w): # size of a picture → (height, width) at which the network shall see it
+        if not self.test_scale: return h, w
+        return fit_size(h, w, self.test_scale) if self.keep_ratio else (self.test_scale[1], self.test_scale[0])
     @torch.inference_mode()
     def _predict(self, pictures):
         device = self.normalize.mean.device
         original = [tuple(p.shape[-2:]) for p in pictures]
-        small = [resize_image(p, fit_size(h, w, self.test_scale)) if self.test_scale else p for p,(h,w) in zip(pictures, original)]
+        small = [resize_image(p, self.fitted(h, w)) for p,(h,w) in zip(pictures, original)]
         sizes = [tuple(p.shape[-2:]) for p in small]
         return self(Images(stack(small, self.normalize.divisor, device), sizes, original))

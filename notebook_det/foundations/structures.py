@@ -19,6 +19,7 @@ class Images:
     tensor:Tensor                # [B,3,H,W]; uint8 RGB not yet normalised, or float: taken by a model as it is
     sizes:list                   # B pairs (height, width) of the true pictures, top left in the padded batch
     original_sizes:list=None     # B pairs: detections come back in these coordinates (None: in the pictures' own)
+    proposals:list=None          # B Instances (boxes, scores) in the pictures' coordinates, where they come from a file (Fast R-CNN)
 
     def __post_init__(self):
         if self.tensor.ndim != 4 or len(self.tensor) != len(self.sizes):
@@ -31,8 +32,9 @@ class Images:
     def shape(self): return self.tensor.shape
     @property
     def device(self): return self.tensor.device
-    def to(self, device, non_blocking=False): return replace(self, tensor=self.tensor.to(device, non_blocking=non_blocking))
-    def pin_memory(self): return replace(self, tensor=self.tensor.pin_memory())
+    def _each(self, f): return replace(self, tensor=f(self.tensor), proposals=self.proposals and [f(p) for p in self.proposals])
+    def to(self, device, non_blocking=False): return self._each(lambda v: v.to(device, non_blocking=non_blocking))
+    def pin_memory(self): return self._each(lambda v: v.pin_memory())
     def __repr__(self): return f"Images({list(self.shape)} {str(self.tensor.dtype).removeprefix('torch.')}, sizes {[tuple(map(int, s)) for s in self.sizes]})"
     def _repr_html_(self):
         from notebook_det.foundations.draw import images_html
@@ -66,7 +68,7 @@ class Columns(Mapping):
 # %% ../../nbs/01_foundations/01_structures.ipynb #instances
 class Instances(Columns):
     "The objects of one image: every field has one entry per object, and an index applies to all of them."
-    _meta = ("size", "original_size", "image_id")
+    _meta = ("size", "original_size", "image_id", "semantic", "proposals")
     def __init__(self,
                  boxes=None,          # [N,4] float, (x1, y1, x2, y2) in pixels
                  labels=None,         # [N] int64 in 0 … K-1
@@ -76,14 +78,19 @@ class Instances(Columns):
                  *, size=None,        # (height, width) of the image the boxes refer to
                  original_size=None,  # (height, width) of the image on disk
                  image_id=None,       # what the data set calls the image
+                 semantic=None,       # [H,W] uint8, the class of every pixel of the image, 255 where nobody knows
+                 proposals=None,      # Instances (boxes, scores): where objects might be, read from a file
                  **fields):           # anything else with one entry per object
-        self.size, self.original_size, self.image_id = size, original_size, image_id
+        self.size, self.original_size, self.image_id, self.semantic, self.proposals = size, original_size, image_id, semantic, proposals
         self._fill(dict(boxes=boxes, labels=labels, scores=scores, masks=masks, ignore=ignore, **fields))
-    def copy(self, **changes): # a new one with some fields (or size, original_size, image_id) replaced
+    def copy(self, **changes): # a new one with some fields (or size, original_size, image_id, …) replaced
         return Instances(**{**{k: getattr(self, k) for k in (*self._meta, *self._names)}, **changes})
     def _map(self, f): return self.copy(**{k: f(v) for k, v in self.items()})
-    def to(self, device, non_blocking=False): return self._map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
-    def pin_memory(self): return self._map(lambda v: v.pin_memory() if isinstance(v, Tensor) else v)
+    def _each(self, f): # of every tensor, those of the whole picture too
+        move = lambda v: f(v) if isinstance(v, (Tensor, Instances)) else v
+        return self._map(move).copy(semantic=move(self.semantic), proposals=move(self.proposals))
+    def to(self, device, non_blocking=False): return self._each(lambda v: v.to(device, non_blocking=non_blocking))
+    def pin_memory(self): return self._each(lambda v: v.pin_memory())
     def _where(self): return "" if self.image_id is None else f" (image {self.image_id})"
     def __repr__(self):
         shape = lambda v: list(v.shape) if isinstance(v, Tensor) else len(v)
@@ -128,7 +135,7 @@ def as_instances(
     if target.get("iscrowd") is not None and "ignore" not in fields: fields["ignore"] = _tensor(target["iscrowd"], torch.bool).reshape(len(fields["boxes"]))
     image_id = target.get("image_id")
     if isinstance(image_id, Tensor): image_id = image_id.flatten().tolist()[0] if image_id.numel() == 1 else image_id.tolist()
-    return Instances(**fields, ids=target.get("ids"), image_id=image_id)
+    return Instances(**fields, ids=target.get("ids"), image_id=image_id, semantic=target.get("semantic"), proposals=target.get("proposals"))
 
 # %% ../../nbs/01_foundations/01_structures.ipynb #check-target
 def check_target(
@@ -144,6 +151,7 @@ def check_target(
     b = t.boxes
     if b.ndim != 2 or b.shape[1] != 4: raise ValueError(f"{who}: boxes must be [N,4], got {list(b.shape)}")
     if "masks" in t and tuple(t.masks.shape[1:]) != (h, w): raise ValueError(f"{who}: masks must be [N,{h},{w}] as the image is, got {list(t.masks.shape)}")
+    if t.semantic is not None and tuple(t.semantic.shape) != (h, w): raise ValueError(f"{who}: the semantic map must be [{h},{w}] as the image is, got {list(t.semantic.shape)}")
     what = ["is not finite", "has no area (x2 ≤ x1 or y2 ≤ y1)", f"lies outside its {w}×{h} image"]
     bad = [~b.isfinite().all(1), (b[:, 2:] <= b[:, :2]).any(1), (b[:, 0] >= w) | (b[:, 1] >= h) | (b[:, 2:] <= 0).any(1)]
     if "labels" in t and num_classes is not None:

@@ -5,17 +5,27 @@
 # %% auto #0
 __all__ = ['read_image', 'fit_size', 'resize_image', 'pad_batch']
 
-# %% ../../nbs/02_ops/06_images.ipynb #dbcf7861
+# %% ../../nbs/02_ops/06_images.ipynb #3af3b5c5
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
 
 # %% ../../nbs/02_ops/06_images.ipynb #rgb
 def _rgb(im): # a Pillow image → [3,H,W] uint8
     if im.mode.startswith("I;16") or im.mode == "I": im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))  # the upper 8 of 16 bits
     return torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1).contiguous()                            # [H,W,3] → [3,H,W]
+
+# %% ../../nbs/02_ops/06_images.ipynb #jpeg
+def _jpeg(path): # [3,H,W] uint8 (stored pixel by pixel), or None where it takes Pillow
+    with open(path, "rb") as f:
+        if f.read(2) != b"\xff\xd8": return None
+        f.seek(0)
+        data = bytearray(f.read())
+    try: return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError: return None
 
 # %% ../../nbs/02_ops/06_images.ipynb #read-image
 def read_image(
@@ -23,6 +33,7 @@ def read_image(
 )->Tensor: # [3,H,W] uint8 RGB
     "A picture, turned upright as its EXIF orientation says."
     try:
+        if (out := _jpeg(path)) is not None: return out
         with Image.open(path) as im: return _rgb(ImageOps.exif_transpose(im))
     except FileNotFoundError: raise FileNotFoundError(f"image {path} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
