@@ -6,10 +6,11 @@
 __all__ = ['aspect_groups', 'grouped_batches', 'mix', 'seeded', 'Batches', 'Seeded', 'Collate', 'Loader', 'start_worker',
            'make_loader']
 
-# %% ../../nbs/11_data/04_loaders.ipynb #179e00a5
+# %% ../../nbs/11_data/04_loaders.ipynb #a1ceb133
 import random
 import numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
+from ..foundations import ranks
 from ..foundations.structures import Images, as_instances
 from ..ops.images import pad_batch
 
@@ -64,19 +65,24 @@ class Batches:
                  batch_size,    # pictures in a batch
                  shuffle=True,  # False: in order, and the last batch may be smaller
                  groups=None,   # [n] pictures of different groups never share a batch; None: one group
-                 seed=0):
+                 seed=0,
+                 rank=0,        # of `world` processes that go through the data set together, the number of this one
+                 world=1):
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        if not 0 <= rank < world: raise ValueError(f"rank must be 0 … {world-1} of {world} processes, not {rank}")
+        self.n, self.batch_size, self.shuffle, self.seed, self.rank, self.world = n, batch_size, shuffle, seed, rank, world
         self.groups = np.zeros(n, dtype=np.int64) if groups is None else np.asarray(groups)
         self.epoch = self.start = self.position = 0
-    def batches(self)->list: # all batches of this epoch
-        if not self.shuffle: return [list(range(i, min(i+self.batch_size, self.n))) for i in range(0, self.n, self.batch_size)]
-        return grouped_batches(self.groups, self.batch_size, np.random.default_rng([self.seed, self.epoch]))
+    def batches(self)->list: # all batches of this epoch, this process's part of them
+        size, own = self.batch_size, range(self.rank, self.n, self.world)
+        if not self.shuffle: return [list(own[i:i+size]) for i in range(0, len(own), size)]
+        together = grouped_batches(self.groups, size * self.world, np.random.default_rng([self.seed, self.epoch]))
+        return [b[size*self.rank:size*(self.rank+1)] for b in together]
     def __iter__(self): # batches of (position of the picture, seed), those before `start` left out
         return iter([[(i, mix(self.seed, self.epoch, i)) for i in b] for b in self.batches()[self.start:]])
     def __len__(self):
-        counts = np.bincount(self.groups) if self.shuffle else np.array([self.n])
-        return int((-(-counts // self.batch_size)).sum())
+        if not self.shuffle: return -(-len(range(self.rank, self.n, self.world)) // self.batch_size)
+        return int((-(-np.bincount(self.groups) // (self.batch_size * self.world))).sum())
     def set_epoch(self, epoch): # another epoch starts at its beginning; the same one is left as it is
         if epoch != self.epoch: self.epoch, self.start, self.position = epoch, 0, 0
     def state_dict(self): return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "length": len(self)}
@@ -144,11 +150,13 @@ def make_loader(
     divisor=32,           # height and width of a batch are multiples of this
     pin_memory=False,     # put batches where a GPU can fetch them without waiting
     prefetch=2,           # batches that each process prepares ahead
+    rank=None,            # which share of each batch, of `world` shares; None: this process's among those that train together
+    world=None,           # (0 and 1: all of it)
 )->Loader: # yields (Images, list[Instances])
     "The loader for a detection data set."
     if len(dataset) == 0: raise ValueError("the data set has no image (that is left after filtering)")
     sizes = getattr(dataset, "sizes", None)
     groups = aspect_groups(sizes) if train and group_by_aspect and sizes is not None else None
-    batches = Batches(len(dataset), batch_size, train, groups, seed)
+    batches = Batches(len(dataset), batch_size, train, groups, seed, ranks.rank() if rank is None else rank, ranks.world() if world is None else world)
     busy = dict(persistent_workers=True, prefetch_factor=prefetch, worker_init_fn=start_worker) if workers else {}
     return Loader(dataset, batches, num_workers=workers, collate_fn=Collate(divisor, not train), pin_memory=pin_memory, **busy)
