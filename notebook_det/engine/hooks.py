@@ -42,10 +42,11 @@ def as_priority(
 class Hook:
     "Something that happens at some of the ten points: methods bear the points' names and take the runner."
     priority = Priority.NORMAL
-    name = None    # what messages call it; None: the class's name
+    priorities = {}    # {point: priority} where one of its points needs another one
+    name = None        # what messages call it; None: the class's name
     def __init_subclass__(cls):
-        for m in vars(cls):
-            if m.startswith(("before_", "after_")): check_point(m)
+        for m in (*vars(cls), *cls.priorities):
+            if m.startswith(("before_", "after_")) or m in cls.priorities: check_point(m)
 
 def hook_name(hook)->str: return getattr(hook, "name", None) or type(hook).__name__
 
@@ -87,9 +88,10 @@ class Timeline:
         name, found = hook_name(hook), [p for p in (*POINTS, *BOTH) if callable(getattr(hook, p, None))]
         if name in self.hooks: raise ValueError(f"there is already a hook named {name}; give one of them another `name`")
         if not found: raise ValueError(f"{name} has no method named after a time point ({', '.join(POINTS)})")
+        own = getattr(hook, "priorities", {}) if priority is None else {}
         priority = as_priority(getattr(hook, "priority", Priority.NORMAL) if priority is None else priority)
         self.hooks[name] = hook
-        for p in found: self.on(p, getattr(hook, p), priority, name)
+        for p in found: self.on(p, getattr(hook, p), own.get(p, priority), name)
 
     def call(self, point, runner):
         "Call everybody at a point, in order."

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['to_device', 'default_step', 'total_loss', 'seed_everything', 'rng_state', 'set_rng_state', 'keep_rng', 'Position',
-           'Runner', 'loader_length', 'tell_epoch', 'order_keeper', 'run', 'train_epoch', 'batches', 'validate',
-           'OptimizerStep', 'bare', 'runner_meta', 'runner_state', 'load_runner_state']
+           'Runner', 'loader_length', 'tell_epoch', 'SamplerSeed', 'order_keeper', 'run', 'train_epoch', 'batches',
+           'validate', 'bare', 'OptimizerStep', 'loss_gradient', 'step_along', 'runner_meta', 'runner_state',
+           'load_runner_state', 'load_optimizer']
 
-# %% ../../nbs/12_engine/02_runner.ipynb #edbfc099
+# %% ../../nbs/12_engine/02_runner.ipynb #0f7d8bec
 import random, time, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
 from .hooks import Hook, Priority, Timeline, draw_timeline, hook_name, timeline_text
+from ..foundations.progress import where_to_draw
 
 # %% ../../nbs/12_engine/02_runner.ipynb #to-device
 def to_device(
@@ -83,7 +86,7 @@ class Runner:
     def __init__(self,
                  model:nn.Module,
                  loader,                # gives batches; gone through once per epoch
-                 optimizer=None,        # if given, an `OptimizerStep` hook is added unless `hooks` has one
+                 optimizer=None,        # if given, an `OptimizerStep` hook is added unless `hooks` has one (a `SamplerSeed` always is)
                  hooks=(),              # objects with methods named after time points
                  *, epochs=None,        # the length: so many passes over the loader …
                  iterations=None,       # … or so many iterations
@@ -98,11 +101,13 @@ class Runner:
         self.folder, self.seed, self.device, self.meta = Path(folder) if folder else None, seed, torch.device(device), dict(meta or {})
         self.epoch = self.iter = self.inner_iter = 0           # of the present iteration, counted from 0
         self.at, self.stopped, self.resumed = Position(), None, None
+        self.scaler, self.stepped = None, True                 # of the loss, in half precision; did the last iteration move the weights?
         self.batch, self.losses, self.loss, self.data_time = None, {}, None, 0.
         self.values, self.metrics = {}, {}                     # what hooks add to the log; what the last evaluation found
         self.timeline, self._back, self._epoch_rng = Timeline(), None, None
         for h in hooks: self.add(h)
-        if optimizer is not None and not any(isinstance(h, OptimizerStep) for h in hooks): self.add(OptimizerStep())
+        for own in (OptimizerStep,) * (optimizer is not None) + (SamplerSeed,):
+            if not any(isinstance(h, own) for h in hooks): self.add(own())
 
     def add(self, hook, priority=None): self.timeline.add(hook, priority); return self
     def on(self, point, fn, priority=Priority.NORMAL, name=None): self.timeline.on(point, fn, priority, name); return self
@@ -112,7 +117,9 @@ class Runner:
     def validate(self, loader): return validate(self, loader)
     def state_dict(self)->dict: return runner_state(self)
     def load_state_dict(self, state): load_runner_state(self, state)
-    def show(self): print(timeline_text(self.timeline))
+    def show(self):                                            # who is called when
+        print(timeline_text(self.timeline))
+        if where_to_draw() == "notebook": self.draw()
     def draw(self, ax=None): return draw_timeline(self.timeline, ax)
     @property
     def max_iterations(self): # None where the loader does not know its length
@@ -127,6 +134,10 @@ def tell_epoch(loader, epoch:int):
     "Tell the loader and its samplers which pass begins, if they want to know."
     for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
         if hasattr(part, "set_epoch"): part.set_epoch(epoch)
+
+class SamplerSeed(Hook):
+    "Lets every process of a distributed run shuffle as the epoch says, all in the same way and each time anew."
+    def before_train_epoch(self, runner): tell_epoch(runner.loader, runner.epoch)
 
 def order_keeper(loader):
     "Who can write down how far a pass is: the loader, or a sampler if no worker process draws from it in advance; else None."
@@ -172,7 +183,6 @@ def batches(runner):
     "The batches of this pass, on the device, with their number; after a resume those that are left."
     back, runner._back, first = runner._back, None, runner.at.inner
     keeper, skip = order_keeper(runner.loader), first
-    tell_epoch(runner.loader, runner.epoch)
     if first:
         set_rng_state(back["epoch_rng"])
         if keeper is not None and back["loader"]: keeper.load_state_dict(back["loader"]); skip = 0
@@ -209,26 +219,6 @@ def validate(
     runner.model.train()
     return runner.metrics
 
-# %% ../../nbs/12_engine/02_runner.ipynb #optimizerstep
-class OptimizerStep(Hook):
-    "Backward pass and optimiser step."
-    priority = Priority.ABOVE_NORMAL
-    def __init__(self,
-                 max_norm=None,    # gradients whose joint norm is above this are shortened to it
-                 norm_type=2.):
-        self.max_norm, self.norm_type = max_norm, norm_type
-    def after_train_iter(self, runner):
-        runner.optimizer.zero_grad()
-        self.backward(runner)
-        self.step(runner)
-    def backward(self, runner): runner.loss.backward()
-    def step(self, runner):
-        if self.max_norm is not None: runner.values["grad_norm"] = self.clip(runner)
-        runner.optimizer.step()
-    def clip(self, runner):
-        params = [p for g in runner.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        return nn.utils.clip_grad_norm_(params, self.max_norm, self.norm_type)
-
 # %% ../../nbs/12_engine/02_runner.ipynb #bare
 def bare(model:nn.Module)->nn.Module:
     "The model inside DistributedDataParallel and torch.compile."
@@ -237,6 +227,55 @@ def bare(model:nn.Module)->nn.Module:
         if inner is None: return model
         model = inner
 
+# %% ../../nbs/12_engine/02_runner.ipynb #optimizerstep
+class OptimizerStep(Hook):
+    "Backward pass and optimiser step."
+    priority = Priority.ABOVE_NORMAL
+    def __init__(self,
+                 max_norm=None,    # gradients whose joint norm is above this are shortened to it
+                 norm_type=2.,
+                 accumulate=1):    # batches whose gradients are summed for one step
+        if accumulate < 1: raise ValueError(f"accumulate must be at least 1, not {accumulate}")
+        self.max_norm, self.norm_type, self.accumulate = max_norm, norm_type, accumulate
+        self.waiting, self.model, self.saved = 0, None, {}      # batches of a window that is under way
+    def window(self, runner): # how many batches the present step is made of
+        left = (runner.max_iterations or float("inf")) - (runner.iter - self.waiting)
+        return min(self.accumulate, left)
+    def before_run(self, runner):
+        self.model = bare(runner.model)
+        for n, p in self.model.named_parameters():
+            if n in self.saved: p.grad = self.saved[n].to(p)
+        self.saved = {}
+    def before_train_iter(self, runner): # DistributedDataParallel exchanges gradients where this is true
+        runner.stepped = self.waiting + 1 >= self.window(runner)
+        if hasattr(runner.model, "require_backward_grad_sync"): runner.model.require_backward_grad_sync = runner.stepped
+    def after_train_iter(self, runner):
+        if not self.waiting: runner.optimizer.zero_grad()
+        loss_gradient(runner.loss / n if (n := self.window(runner)) > 1 else runner.loss, runner.scaler)
+        self.waiting = 0 if runner.stepped else self.waiting + 1
+        if runner.stepped: step_along(runner, self.max_norm, self.norm_type)
+    def state_dict(self):
+        if not self.waiting: return {}
+        return {"waiting": self.waiting, "grads": {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}}
+    def load_state_dict(self, state): self.waiting, self.saved = state.get("waiting", 0), state.get("grads", {})
+
+# %% ../../nbs/12_engine/02_runner.ipynb #loss-gradient
+def loss_gradient(loss, scaler=None): (loss if scaler is None else scaler.scale(loss)).backward()
+
+def step_along(runner, max_norm=None, norm_type=2.):
+    "One step of the runner's optimiser along the gradients that are there, clipped if asked."
+    optimizer, scaler = runner.optimizer, runner.scaler
+    if max_norm is not None:
+        if scaler is not None: scaler.unscale_(optimizer)
+        params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        runner.values["grad_norm"] = nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    if scaler is None: return optimizer.step()
+    before = scaler.get_scale()
+    scaler.step(optimizer); scaler.update()
+    runner.values["loss_scale"], runner.stepped = before, scaler.get_scale() >= before
+    if not runner.stepped: runner.values.pop("grad_norm", None)      # infinite: it says nothing
+
+# %% ../../nbs/12_engine/02_runner.ipynb #stand
 def _stand(runner): # how random numbers and loader stand
     keeper = order_keeper(runner.loader)
     return {"rng": rng_state(), "epoch_rng": runner._epoch_rng or rng_state(), "loader": keeper.state_dict() if keeper is not None else None}
@@ -260,9 +299,20 @@ def load_runner_state(runner, state:dict):
     if at.inner and n != meta["loader_length"]:
         raise ValueError(f"it was saved after batch {at.inner} of {meta['loader_length']} of an epoch, but this loader has {n} batches: another data set or batch size")
     bare(runner.model).load_state_dict(state["state_dict"])
-    if runner.optimizer is not None: runner.optimizer.load_state_dict(state["optimizer"])
+    if runner.optimizer is not None: load_optimizer(runner.optimizer, state["optimizer"])
     for name, saved in state["hooks"].items():
         if name in hooks: hooks[name].load_state_dict(saved)
-        else: warnings.warn(f"the saved run had a hook {name} with a state; this run has none of that name")
+        elif saved: warnings.warn(f"the saved run had a hook {name} with a state; this run has none of that name")
+    for name in [n for n, h in hooks.items() if n not in state["hooks"] and getattr(h, "remembers", False)]: warnings.warn(f"{name} starts anew: the saved run had no hook of that name")
     runner.at, runner.epoch, runner.iter, runner.resumed = at, at.epoch, at.iter, at.iter
     runner._back = {k: state[k] for k in ("rng", "epoch_rng", "loader")}
+
+# %% ../../nbs/12_engine/02_runner.ipynb #load-optimizer
+def load_optimizer(optimizer, state:dict):
+    "Refuses memory that belongs to other parameters, even if their shapes agree."
+    names = lambda groups: [list(g["param_names"]) for g in groups if "param_names" in g]
+    there, here = names(state["param_groups"]), names(optimizer.param_groups)
+    if there and here and there != here:
+        odd = next((a, b) for x, y in zip_longest(there, here, fillvalue=[]) for a, b in zip_longest(x, y, fillvalue="nothing") if a != b)
+        raise ValueError(f"the optimiser's groups differ: {odd[0]} there is {odd[1]} here. Were rates or decays given to other modules?")
+    optimizer.load_state_dict(state)
