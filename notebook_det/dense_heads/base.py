@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flat', 'DenseTargets', 'AnchorHead', 'dense_targets', 'trainable', 'image_targets', 'level_losses',
-           'per_prior_losses', 'strongest', 'dense_detections']
+           'per_prior_losses', 'aside', 'strongest', 'dense_detections']
 
 # %% ../../nbs/08_dense_heads/01_base.ipynb #93ce35d5
 import copy
@@ -59,29 +59,33 @@ class AnchorHead(nn.Module):
         dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32
         return self.anchors([m.shape[-2:] for m in maps], maps[0].device, dtype)
     def object_labels(self, objects): return objects.labels # [G] int64, what the classes of this head are
+    def choose(self, raw, targets): return targets          # DenseTargets → DenseTargets: which anchors count, now that their scores are known
+    def starts(self, raw): return self.priors(raw["cls"]) # what deltas start from, per level: [A,4], or [B,A,4] where every image has its own
     def losses(self, raw, objects, sizes, trace=None): # objects: Instances per image; sizes: (h, w) per image → dict of losses
-        priors = self.priors(raw["cls"])
-        t = dense_targets(self, torch.cat(priors), [m.shape[-2:] for m in raw["cls"]], objects, sizes, trace)
-        levels = list(zip(priors, raw["cls"], raw["box"], t.split([len(p) for p in priors])))
+        priors = self.starts(raw)
+        t = self.choose(raw, dense_targets(self, torch.cat(priors, -2), [m.shape[-2:] for m in raw["cls"]], objects, sizes, trace))
+        levels = list(zip(priors, raw["cls"], raw["box"], t.split([p.shape[-2] for p in priors])))
         if trace is not None: trace.update(priors=priors, **per_prior_losses(self, levels))
-        cls, box = zip(*(level_losses(self, *l) for l in levels))
+        pair = [l if self.training else aside(l) for l in (self.loss_cls, self.loss_bbox)]
+        cls, box = zip(*(level_losses(self, *l, pair) for l in levels))
         return {self.cls_name: sum(cls), self.box_name: sum(box)}
 
 # %% ../../nbs/08_dense_heads/01_base.ipynb #dense-targets
 @torch.no_grad()
 def dense_targets(
     head,          # AnchorHead
-    priors:Tensor, # [A,4] of all levels
+    priors:Tensor, # [A,4] of all levels, or [B,A,4]: every image its own
     maps,          # (h, w) of each level
     objects,       # Instances per image
     sizes,         # (height, width) of each image
     trace=None,    # records `assignments` and `sampled`, one per image
 )->DenseTargets:
     "Assign, sample and look up, image by image; shapes depend on nothing but the number of anchors."
-    assigned = [head.assigner(priors, o, trainable(head, priors, maps, s)) for o,s in zip(objects, sizes)]
+    priors = priors.expand(len(objects), *priors.shape[-2:])                               # [B,A,4]
+    assigned = [head.assigner(p, o, trainable(head, p, maps, s)) for p,o,s in zip(priors, objects, sizes)]
     sampled = [head.sampler(a) if head.sampler is not None else None for a in assigned]
     if trace is not None: trace.update(assignments=assigned, **(dict(sampled=sampled) if head.sampler is not None else {}))
-    rows = [image_targets(head, priors, *r) for r in zip(objects, assigned, sampled)]
+    rows = [image_targets(head, *r) for r in zip(priors, objects, assigned, sampled)]
     *columns, count = (torch.stack(x) for x in zip(*rows))
     return DenseTargets(*columns, count.sum())
 
@@ -107,7 +111,7 @@ def image_targets(
 # %% ../../nbs/08_dense_heads/01_base.ipynb #level-losses
 def level_losses(
     head,           # AnchorHead
-    priors:Tensor,  # [A,4] of one level
+    priors:Tensor,  # [A,4] or [B,A,4] of one level
     cls, box,       # its raw maps, [B,A·K,H,W] and [B,A·4,H,W]
     t:DenseTargets, # of this level
     losses=None,    # instead of the head's (loss_cls, loss_bbox)
@@ -127,14 +131,20 @@ def per_prior_losses(
     levels, # (priors, cls, box, targets) of each level
 )->dict:    # loss_cls [B,A] and loss_bbox [B,A]
     "For a Trace: the share of every single anchor in the two losses; the shares add up to them."
-    quiet = [copy.copy(l) for l in (head.loss_cls, head.loss_bbox)]
-    for l in quiet: l.reduction = "none"
-    rows = []
+    quiet, rows = [aside(l, reduction="none") for l in (head.loss_cls, head.loss_bbox)], []
     for p,c,b,t in levels:
         shares = level_losses(head, p, c, b, replace(t, count=None), quiet)
-        rows.append([x.reshape(len(c), len(p), -1).sum(-1) / (t.count + torch.finfo(torch.float32).eps) for x in shares])   # [B·A,…] → [B,A]
+        by = [1. if l.counts_itself else t.count + torch.finfo(torch.float32).eps for l in quiet]
+        rows.append([x.reshape(len(c), p.shape[-2], -1).sum(-1) / n for x,n in zip(shares, by)])   # [B·A,…] → [B,A]
     cls, box = (torch.cat(x, 1) for x in zip(*rows))
     return dict(loss_cls=cls, loss_bbox=box)
+
+def aside(loss, **changes): # a copy for looking on: its settings may differ, and what it remembers (GHM's counts) stays with it
+    if not changes and not loss._buffers: return loss
+    new = copy.copy(loss)
+    new._buffers = {k: b.clone() for k,b in loss._buffers.items()}
+    for k,v in dict(training=True, **changes).items(): setattr(new, k, v)
+    return new
 
 # %% ../../nbs/08_dense_heads/01_base.ipynb #strongest
 def strongest(
@@ -148,7 +158,7 @@ def strongest(
 
 # %% ../../nbs/08_dense_heads/01_base.ipynb #dense-detections
 def dense_detections(
-    levels,              # per level: class scores [A,K] before `activate`, deltas [A,4], priors [A,4]
+    levels,              # per level: class scores [A,K] before `activate`, deltas [A,4], priors [A,4]; and maybe a quality [A], times which a score goes on
     coder,
     size,                # (height, width) to clip to
     rule:DetectionRule,
@@ -157,12 +167,12 @@ def dense_detections(
 )->Instances:            # boxes, labels, scores; the best first
     "One image's detections: the best (anchor, class) pairs of every level, decoded, suppressed class by class."
     scores, labels, boxes = [], [], []
-    for s,d,p in levels:
+    for s,d,p,*quality in levels:
         top, row, label = strongest(s, rule.pre_nms)
         top = activate(full(top))
         ok = top > rule.score_threshold
         row = row[ok]
-        scores.append(top[ok]); labels.append(label[ok]); boxes.append(coder.decode(p[row], d[row], size))
+        scores.append(top[ok] * quality[0][row] if quality else top[ok]); labels.append(label[ok]); boxes.append(coder.decode(p[row], d[row], size))
     found = Instances(torch.cat(boxes), torch.cat(labels), torch.cat(scores), size=size)
     keep = batched_nms(found.boxes, found.scores, found.labels, rule.iou_threshold, rule.max_detections)
     if trace is not None: trace.update(candidates=found, kept=keep)

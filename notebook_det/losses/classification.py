@@ -35,6 +35,7 @@ def full(x:Tensor)->Tensor: # half precision as float32, anything else as it is
 class Loss(nn.Module):
     "Elements of a loss, weighed and added up. A subclass defines `elements(pred, target)`."
     on_boxes = False             # True: compares decoded boxes instead of a coder's numbers
+    counts_itself = False        # True: divides by numbers of its own and does not look at avg_factor
     def __init__(self,
                  weight:float=1.,       # what this loss counts in the total
                  reduction:str="mean"): # "mean", "sum" or "none"

@@ -46,9 +46,11 @@ class MaxIoUAssigner:
                 free = share_inside(priors, torch.where(ignore[:, None], boxes, 0.)) <= self.ignore_iof
                 valid = free if valid is None else valid & free
             boxes = torch.where(ignore[:, None], 0., boxes)                            # a point overlaps nothing
-        if valid is not None: priors = torch.where(valid[:, None], priors, 0.)         # … and nothing overlaps a point
-        a = Assignment(*max_iou_assign(priors, boxes, self.pos_iou, self.neg_iou, max(self.min_pos_iou, 1e-12), self.low_quality, self.assign_all))
+        if valid is not None: priors = torch.where(valid.view(-1, *[1] * (priors.ndim - 1)), priors, 0.)   # … and nothing overlaps a point
+        a = Assignment(*self.match(priors, boxes))
         if ignore is not None: a.label = torch.where(ignore.all(), NEGATIVE, a.label)  # as where there is no object at all
         if valid is not None: a.label = torch.where(valid, a.label, IGNORED)
         return a
-    def __repr__(self): return "MaxIoUAssigner(" + ", ".join(f"{k}={v}" for k,v in vars(self).items()) + ")"
+    def match(self, priors, boxes): # [A,4], [G,4] → gt_index, label, iou
+        return max_iou_assign(priors, boxes, self.pos_iou, self.neg_iou, max(self.min_pos_iou, 1e-12), self.low_quality, self.assign_all)
+    def __repr__(self): return f"{type(self).__name__}(" + ", ".join(f"{k}={v}" for k,v in vars(self).items()) + ")"
