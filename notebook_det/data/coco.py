@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_json', 'field', 'ids_of', 'look_up', 'flat', 'Ragged', 'read_categories', 'read_images', 'read_boxes',
-           'refusals', 'clean_mask', 'read_mask', 'Objects', 'read_objects', 'open_image', 'subset', 'CocoDetection']
+           'refusals', 'clean_mask', 'read_mask', 'Objects', 'read_objects', 'open_image', 'subset', 'Records',
+           'CocoDetection']
 
 # %% ../../nbs/11_data/02_coco.ipynb #902655b0
 import io, json
@@ -251,19 +252,19 @@ def subset(
     with redirect_stdout(io.StringIO()): out.createIndex()
     return out
 
-# %% ../../nbs/11_data/02_coco.ipynb #cocodetection
-class CocoDetection(Dataset):
-    "Images and their objects from a COCO json file."
+# %% ../../nbs/11_data/02_coco.ipynb #records
+class Records(Dataset):
+    "Images and their objects; a subclass's `records` says where they come from."
     def __init__(self,
-                 annotations,     # path of the json file, or its parsed content
-                 images,          # folder that the file names in it refer to
+                 images,          # folder that the file names refer to
                  classes=None,    # names (or ids) to use, in the order of the labels; None: all, by rising id
                  transforms=None, # (image, Instances) -> (image, Instances)
                  masks=False,     # read segmentations as well
                  keep_empty=True, # keep images without objects (training usually drops them)
-                 min_size=0):     # drop images whose shorter side is less (32 is usual in training)
-        self.annotations, self.folder, self.transforms = annotations, Path(images), transforms
-        data, self.where = read_json(annotations)
+                 min_size=0,      # drop images whose shorter side is less (32 is usual in training)
+                 extras=()):      # each (file, Instances) -> Instances: semantic maps, proposals from a file
+        self.folder, self.transforms, self.extras = Path(images), transforms, tuple(extras)
+        data, self.where = self.records()
         if not self.folder.is_dir(): raise FileNotFoundError(f"image folder {self.folder} does not exist")
         self.category_ids, self.classes = read_categories(data, self.where, classes)
         labels = {c["id"]: -1 for c in data["categories"]} | {k: i for i,k in enumerate(self.category_ids)}
@@ -273,6 +274,7 @@ class CocoDetection(Dataset):
         if not keep_empty: keep &= np.bincount(self.objects.image[~self.objects.crowd], minlength=len(ids)) > 0
         self.rows, self._ids, self._files, self.sizes = np.flatnonzero(keep), ids[keep], files[keep], sizes[keep]
         self.report["images"] = int((~keep).sum())
+    def records(self): raise NotImplementedError(f"{type(self).__name__} does not say where its records come from") # → (json in COCO's form, how to call it in a message)
 
     def __len__(self): return len(self.rows)
     @property
@@ -280,9 +282,29 @@ class CocoDetection(Dataset):
     def file(self, i): return self.folder/self._files[i].decode()
     def image(self, i): return open_image(self.file(i), self.sizes[i].tolist(), f"image {self._ids[i:i+1].tolist()[0]!r} of {self.where}")
     def target(self, i): return self.objects.of(self.rows[i], tuple(self.sizes[i].tolist()), self._ids[i:i+1].tolist()[0])
-    def coco(self): return subset(read_json(self.annotations)[0], dict(zip(self.image_ids, self.sizes)), self.category_ids)
-    def __repr__(self): return f"CocoDetection({len(self)} images, {len(self.objects)} objects, {len(self.classes)} classes" + ("" if isinstance(self.annotations, dict) else f": {Path(self.annotations).name}") + ")"
+    def labels(self, i): # of the objects that count, without anything else being read
+        a, b = np.searchsorted(self.objects.image, [self.rows[i], self.rows[i]+1])
+        return self.objects.label[a:b][~self.objects.crowd[a:b]]
+    def coco(self): return subset(self.records()[0], dict(zip(self.image_ids, self.sizes)), self.category_ids)
+    def __repr__(self): return f"{type(self).__name__}({len(self)} images, {len(self.objects)} objects, {len(self.classes)} classes)"
     def __getitem__(self, i):
         i = range(len(self))[i]
         image, target = self.image(i), self.target(i)
+        for extra in self.extras: target = extra(self.file(i), target)
         return self.transforms(image, target) if self.transforms else (image, target)
+
+# %% ../../nbs/11_data/02_coco.ipynb #cocodetection
+class CocoDetection(Records):
+    "Images and their objects from a COCO json file."
+    def __init__(self,
+                 annotations,     # path of the json file, or its parsed content
+                 images,          # folder that the file names in it refer to
+                 classes=None,    # names (or ids) to use, in the order of the labels; None: all, by rising id
+                 transforms=None, # (image, Instances) -> (image, Instances)
+                 masks=False,     # read segmentations as well
+                 keep_empty=True, # keep images without objects (training usually drops them)
+                 min_size=0,      # drop images whose shorter side is less (32 is usual in training)
+                 extras=()):      # each (file, Instances) -> Instances: semantic maps, proposals from a file
+        self.annotations = annotations
+        super().__init__(images, classes, transforms, masks, keep_empty, min_size, extras)
+    def records(self): return read_json(self.annotations)

@@ -18,21 +18,27 @@ from ..ops.images import fit_size, resize_image
 def wrap(
     image,            # uint8 [3,H,W]
     target:Instances, # its objects
-)->tuple: # (Image, BoundingBoxes, Mask or None)
-    "A picture and its objects as torchvision's tensors, which know what they are."
-    boxes = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
-    return tv_tensors.Image(image), boxes, None if target.masks is None else tv_tensors.Mask(target.masks)
+)->dict: # image, boxes and, where there are any, masks, semantic, proposals
+    "A picture and all that is known of it as torchvision's tensors, which know what they are."
+    boxes = lambda b: tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+    out = {"image": tv_tensors.Image(image), "boxes": boxes(target.boxes)}
+    if target.masks is not None: out["masks"] = tv_tensors.Mask(target.masks)
+    if target.semantic is not None: out["semantic"] = tv_tensors.Mask(~target.semantic)
+    if target.proposals is not None: out["proposals"] = boxes(target.proposals.boxes)
+    return out
 
 # %% ../../nbs/11_data/03_transforms.ipynb #unwrap
 def unwrap(
-    image,            # what a torchvision transform made of the picture
-    boxes,            # … of the boxes
-    masks,            # … of the masks, None where there are none
+    wrapped:dict,     # what a torchvision transform made of it
     target:Instances, # the objects before
 )->tuple: # (uint8 [3,h,w], Instances)
     "Plain tensors again, and the new size noted."
-    plain = lambda t: None if t is None else t.as_subclass(torch.Tensor)
-    return plain(image), target.copy(boxes=plain(boxes), masks=plain(masks), size=tuple(image.shape[-2:]))
+    out = {k: v.as_subclass(torch.Tensor) for k,v in wrapped.items()}
+    changes = dict(boxes=out["boxes"], size=tuple(out["image"].shape[-2:]))
+    if "masks" in out: changes["masks"] = out["masks"]
+    if "semantic" in out: changes["semantic"] = ~out["semantic"]
+    if "proposals" in out: changes["proposals"] = target.proposals.copy(boxes=out["proposals"], size=changes["size"])
+    return out["image"], target.copy(**changes)
 
 # %% ../../nbs/11_data/03_transforms.ipynb #counts
 class Counts:
@@ -50,12 +56,17 @@ def clip_and_drop(
     lost:Counts=None, # is told how many objects vanished
 )->Instances:
     "Boxes cut at the edge of the picture; what has no area left is dropped and counted."
-    h, w = target.size
-    b = target.boxes.clone()
-    b[:,0::2], b[:,1::2] = b[:,0::2].clamp(0, w), b[:,1::2].clamp(0, h)
+    if target.proposals is not None: target = target.copy(proposals=_clip(target.proposals, target.size)[0])
+    out, vanished = _clip(target, target.size)
+    if lost is not None and vanished: lost.add(vanished)
+    return out
+
+def _clip(t, size): # → (what is left, how many vanished)
+    b, (h, w) = t.boxes.clone(), size
+    b[:,0::2].clamp_(0, w); b[:,1::2].clamp_(0, h)
     keep = (b[:,2] > b[:,0]) & (b[:,3] > b[:,1])
-    if lost is not None: lost.add(int((~keep).sum()))
-    return target.copy(boxes=b) if keep.all() else target.copy(boxes=b)[keep]
+    n = len(keep) - int(keep.sum())
+    return (t.copy(boxes=b)[keep] if n else t.copy(boxes=b)), n
 
 # %% ../../nbs/11_data/03_transforms.ipynb #transform
 class Transform:
@@ -85,11 +96,11 @@ def resize(
     target:Instances, # its objects
     size,             # (height, width) to come to
 )->tuple:
-    "Picture bilinear, masks nearest, boxes times the exact ratio of each side."
+    "Picture bilinear, masks and semantic maps nearest, boxes times the exact ratio of each side."
     if tuple(image.shape[-2:]) == tuple(size): return image, target.copy(size=tuple(size))
-    _, boxes, masks = wrap(image, target)
-    masks = None if masks is None else F.resize(masks, list(size), interpolation=F.InterpolationMode.NEAREST)
-    return unwrap(resize_image(image, size), F.resize(boxes, list(size)), masks, target)
+    old = wrap(image, target)
+    new = {k: F.resize(v, list(size), interpolation=F.InterpolationMode.NEAREST) for k,v in old.items() if k != "image"}
+    return unwrap({"image": resize_image(image, size), **new}, target)
 
 # %% ../../nbs/11_data/03_transforms.ipynb #resize-2
 class Resize(Transform):
@@ -132,7 +143,7 @@ class RandomFlip(Transform):
     def change(self, image, target):
         if torch.rand(()) >= self.p: return image, target
         flip = F.horizontal_flip if self.direction == "horizontal" else F.vertical_flip
-        return unwrap(*(None if t is None else flip(t) for t in wrap(image, target)), target)
+        return unwrap({k: flip(v) for k,v in wrap(image, target).items()}, target)
 
 # %% ../../nbs/11_data/03_transforms.ipynb #v2
 class V2(Transform):
@@ -142,6 +153,4 @@ class V2(Transform):
         super().__init__()
         self.transform = transform
     def change(self, image, target):
-        image, boxes, masks = wrap(image, target)
-        out = self.transform({"image": image, "boxes": boxes} | ({} if masks is None else {"masks": masks}))
-        return unwrap(out["image"], out["boxes"], out.get("masks"), target)
+        return unwrap(self.transform(wrap(image, target)), target)
