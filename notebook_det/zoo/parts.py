@@ -89,10 +89,14 @@ class Schedule:
     weight_decay:float=1e-4
     warmup:int=500                  # iterations that start slowly …
     warmup_ratio:float=.001         # … from this share of the rate
+    warmup_kind:str="linear"        # … and rise to it, or stay there: "constant"
     max_norm:float=None             # clip gradients to this length
     amp:bool=False                  # mixed precision
     optimizer:str="sgd"             # or "adamw"
     norm_decay:float=1.             # multiplies the weight decay of norm layers
+    cosine:bool=False               # instead of the milestones: the rate falls like half a cosine, to nothing
+    bias_lr:float=1.                # multiplies the rate of biases …
+    bias_decay:float=1.             # … and their weight decay
 
 # %% ../../nbs/14_zoo/01_parts.ipynb #experiment
 @dataclass
