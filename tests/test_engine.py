@@ -8,7 +8,8 @@ from notebook_det.engine import checkpoint as ckpt
 from notebook_det.engine.checkpoint import Checkpoint, CheckpointError, latest, read_checkpoint, resume, save_checkpoint
 from notebook_det.engine.hooks import Hook, HookError, POINTS, Priority
 from notebook_det.engine.logs import JsonLines, Log, NonFiniteWatch, read_log
-from notebook_det.engine.optim import CosineDecay, Schedule, StepDecay, adamw, lr_curve, sgd
+from notebook_det.engine.optim import adamw, sgd
+from notebook_det.engine.schedules import CosineDecay, Schedule, StepDecay, lr_curve
 from notebook_det.engine.runner import Runner, seed_everything
 from notebook_det.engine.train import Evaluate, standard_hooks
 

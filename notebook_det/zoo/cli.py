@@ -20,7 +20,8 @@ from ..data.toy import make_toy
 from ..engine.checkpoint import latest, resume as resume_run, write_atomic
 from ..engine.hooks import Hook, Priority
 from ..engine.logs import JsonLines, plot_log
-from ..engine.optim import Schedule, StepDecay, adamw, sgd
+from ..engine.optim import adamw, sgd
+from ..engine.schedules import CosineDecay, Schedule, StepDecay
 from ..engine.runner import Runner, default_step
 from ..engine.train import standard_hooks
 from ..evaluation.coco import CocoEvaluator, evaluate
@@ -91,7 +92,7 @@ class Length:
     def schedule(self, per_epoch)->Schedule:
         total, p = self.total(per_epoch), self.plan
         steps = tuple(round(m / p.epochs * total) for m in p.milestones)
-        return Schedule(StepDecay(steps), "iteration", min(p.warmup, max(1, total // 5)), p.warmup_ratio)
+        return Schedule(CosineDecay() if p.cosine else StepDecay(steps), "iteration", min(p.warmup, max(1, total // 5)), p.warmup_ratio, p.warmup_kind)
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #check
 def check(**numbers):
@@ -111,8 +112,8 @@ def rate(
 
 def optimizer(model, plan, lr):
     "The recipe's optimiser."
-    if plan.optimizer == "adamw": return adamw(model, lr, weight_decay=plan.weight_decay, norm_decay=plan.norm_decay)
-    return sgd(model, lr, plan.momentum, plan.weight_decay, norm_decay=plan.norm_decay)
+    groups = dict(weight_decay=plan.weight_decay, norm_decay=plan.norm_decay, bias_lr=plan.bias_lr, bias_decay=plan.bias_decay)
+    return adamw(model, lr, **groups) if plan.optimizer == "adamw" else sgd(model, lr, plan.momentum, **groups)
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #start
 def start(
@@ -301,7 +302,7 @@ def test(
     model = load(checkpoint, recipe, pick_device(device))
     if masks and "masks" not in model.needs: raise ValueError(f"--masks: {checkpoint} is a detector of boxes only")
     scale = read_size(size) if size else model.test_scale
-    ds = present(CocoDetection(ann, images, model.classes, test_transform(Data(test_scale=scale)), masks))
+    ds = present(CocoDetection(ann, images, model.classes, test_transform(Data(test_scale=scale, keep_ratio=model.keep_ratio)), masks))
     if model.num_classes not in (None, len(ds.classes)): raise ValueError(f"{checkpoint} knows {model.num_classes} classes, {ann} has {len(ds.classes)}")
     judge = CocoEvaluator(ds, ("bbox", "segm") if masks else ("bbox",)) if model.num_classes else ProposalRecall(ds)
     evaluate(model, progress(make_loader(ds, 1, train=False, workers=workers), label="evaluating"), judge, model.normalize.mean.device)
