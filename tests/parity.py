@@ -12,6 +12,7 @@ from torch import nn
 from fiddle import selectors
 from notebook_det.foundations.recipes import build
 from notebook_det.foundations.structures import Images, Instances
+from notebook_det.dense_heads.guided import Guide
 from notebook_det.priors.samplers import RandomSampler
 from notebook_det.zoo import recipes as zoo
 from notebook_det.ops.boxes import box_iou
@@ -38,9 +39,12 @@ def adapted(case):
 
 
 def override_reference(recipe, path, value):
-    "A dotted path of the reference's configuration, in our recipe. The cases override score thresholds only."
-    if not path.endswith("score_thr"): raise zoo.NotYet(f"the override {path}")
-    for node in selectors.select(recipe, DetectionRule): node.score_threshold = value
+    "A dotted path of the reference's configuration, in our recipe. The cases override score thresholds and the weight of guided anchoring's location loss only."
+    if path.endswith("score_thr"):
+        for node in selectors.select(recipe, DetectionRule): node.score_threshold = value
+    elif path.endswith("loss_loc.loss_weight"):
+        for node in selectors.select(recipe, Guide): node.loss_loc.weight = value
+    else: raise zoo.NotYet(f"the override {path}")
 
 
 def fill(model, case, inputs):

@@ -174,6 +174,7 @@ def dense_detections(
         row = row[ok]
         scores.append(top[ok] * quality[0][row] if quality else top[ok]); labels.append(label[ok]); boxes.append(coder.decode(p[row], d[row], size))
     found = Instances(torch.cat(boxes), torch.cat(labels), torch.cat(scores), size=size)
+    found = found[(found.boxes[:, 2:] > found.boxes[:, :2]).all(1)]                      # beyond the border nothing is left of some
     keep = batched_nms(found.boxes, found.scores, found.labels, rule.iou_threshold, rule.max_detections)
     if trace is not None: trace.update(candidates=found, kept=keep)
     return found[keep]
