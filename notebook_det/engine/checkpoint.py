@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from .hooks import Hook, Priority
 from .runner import bare
+from ..foundations.ranks import is_first
 
 # %% ../../nbs/12_engine/05_checkpoint.ipynb #checkpointerror
 class CheckpointError(RuntimeError):
@@ -178,11 +179,12 @@ class Checkpoint(Every):
         self.keep = keep
     def before_run(self, runner):
         if runner.folder is None: raise ValueError("checkpoints need a place: give the runner a folder, or leave this hook out")
-        for p in runner.folder.glob(".*.part"): p.unlink()     # what a killed run left half-written
+        for p in runner.folder.glob(".*.part") if is_first() else (): p.unlink()     # what a killed run left half-written
         self.last = runner.resumed
 
     def act(self, runner):
-        state = _good_state(runner)
+        state = _good_state(runner)      # of several processes all take part in this, and the first one writes
+        if not is_first(): return
         path = runner.folder / (f"epoch_{runner.at.epoch}.pth" if self.epochs and not runner.at.inner else f"iter_{runner.at.iter}.pth")
         save_checkpoint(state, path)
         write_atomic(runner.folder / "latest", lambda f: f.write(path.name.encode()))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from .hooks import Hook, Priority
 from ..foundations.progress import Bar, human_time, note
+from ..foundations.ranks import is_first, world
 
 # %% ../../nbs/12_engine/06_logs.ipynb #nonfinite
 class NonFinite(RuntimeError):
@@ -75,7 +76,7 @@ class Log(Hook):
     def open(self, runner): # the first record; another hook's `before_run` may already have something to say
         if self.runner is runner: return
         self.runner, self.begun, self.first = runner, time.perf_counter(), runner.at.iter
-        self.out = self.writers if self.writers is not None else [text_line] + ([JsonLines(runner.folder)] if runner.folder else [])
+        self.out = [] if not is_first() else self.writers if self.writers is not None else [text_line] + ([JsonLines(runner.folder)] if runner.folder else [])
         self.write(runner, "start" if not runner.at.iter else "resume", facts(runner))
     def due(self, runner): return bool(self.mean.sums) and runner.at.iter % self.every == 0
     def collect(self, runner):
@@ -107,7 +108,7 @@ def memory(device)->dict:
 def facts(runner)->dict:
     "What one wants to know of a run a year later."
     return {"iterations": runner.max_iterations, "seed": runner.seed, "device": str(runner.device), "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            "threads": torch.get_num_threads(), "processes": world(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 # %% ../../nbs/12_engine/06_logs.ipynb #line-text
 _PLACED = ("mode", "epoch", "iter", "lr", "time", "data_time", "loss", "memory", "eta")     # what has a place of its own in the line

@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint, Every, save_checkpoint
 from .hooks import Priority
 from .logs import Log, NonFiniteWatch, ProgressBar
 from .runner import OptimizerStep, bare, keep_rng, runner_meta
+from ..foundations.ranks import is_first
 
 # %% ../../nbs/12_engine/10_train.ipynb #evaluate
 class Evaluate(Every):
@@ -45,7 +46,7 @@ class Evaluate(Every):
         value = runner.metrics[self.key]
         if math.isnan(value) or self.best is not None and value * self.sign <= self.best * self.sign: return
         self.best, meta = value, {**runner_meta(runner), "metrics": runner.metrics}
-        if runner.folder: save_checkpoint({"meta": meta, "state_dict": bare(runner.model).state_dict()}, runner.folder / "best.pth")
+        if runner.folder and is_first(): save_checkpoint({"meta": meta, "state_dict": bare(runner.model).state_dict()}, runner.folder / "best.pth")
     def state_dict(self): return {"best": self.best}
     def load_state_dict(self, state): self.best = state["best"]
 
