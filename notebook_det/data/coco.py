@@ -7,7 +7,7 @@ __all__ = ['read_json', 'field', 'ids_of', 'look_up', 'flat', 'Ragged', 'read_ca
            'refusals', 'clean_mask', 'read_mask', 'Objects', 'read_objects', 'open_image', 'subset', 'Records',
            'CocoDetection']
 
-# %% ../../nbs/11_data/02_coco.ipynb #902655b0
+# %% ../../nbs/11_data/02_coco.ipynb #0782260a
 import io, json
 from collections import Counter
 from contextlib import redirect_stdout
@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch.utils.data import Dataset
 from pycocotools.coco import COCO
 from ..foundations.structures import Instances
-from ..ops.images import read_image
+from ..ops.images import image_size, read_image
 from ..ops.masks import decode_rle, polygons_to_mask
 
 # %% ../../nbs/11_data/02_coco.ipynb #read-json
@@ -114,7 +114,7 @@ def read_images(
     "The list of images as arrays; an image whose size is not in the json is asked itself."
     def size(r, file):
         if isinstance(r.get("height"), int) and isinstance(r.get("width"), int): return r["height"], r["width"]
-        return tuple(read_image(Path(folder)/file).shape[1:])
+        return image_size(Path(folder)/file)
     ids, files = ids_of(records, "image", where), [str(field(r, "file_name", "image", where)) for r in records]
     sizes = np.array([size(r, f) for r,f in zip(records, files)], dtype=np.int32).reshape(-1, 2)
     return flat(ids), np.array([f.encode() for f in files], dtype=np.bytes_), sizes
