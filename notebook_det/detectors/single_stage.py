@@ -18,10 +18,11 @@ class SingleStage(Detector):
                  backbone, neck, bbox_head,
                  normalize=None,          # None: RGB with torchvision's ImageNet statistics
                  test_scale=(1333, 800),  # `predict` fits pictures into (longest, shortest) side; None: as they are
-                 classes=None):           # names of the classes, if known
+                 classes=None,            # names of the classes, if known
+                 keep_ratio=True):        # False: `predict` makes every picture exactly (width, height) of `test_scale`
         self.num_classes = bbox_head.num_classes
         super().__init__(backbone, neck, normalize, test_scale, classes)
-        self.bbox_head = bbox_head
+        self.bbox_head, self.keep_ratio = bbox_head, keep_ratio
 
     def losses(self, images, targets, trace=None):
         return self.bbox_head.losses(self.bbox_head(self.features(images.tensor)), targets, images.sizes, part(trace, "bbox_head"))
