@@ -34,10 +34,14 @@ from notebook_det.data.coco import CocoDetection
 from notebook_det.data.loaders import make_loader
 from notebook_det.data.transforms import RandomFlip, Resize
 from notebook_det.evaluation.coco import CocoEvaluator, per_class, summary
-from notebook_det.foundations.recipes import build
+from notebook_det.backbones.vgg import VGG
+from notebook_det.foundations.recipes import Config, build, select
 from notebook_det.foundations.structures import Instances
 from notebook_det.backbones.mobilenet import from_torchvision
-from notebook_det.zoo import recipes as zoo
+from notebook_det.priors.points import regress_ranges
+from notebook_det.layers.norm import batch_norm
+from notebook_det.priors.default_boxes import DefaultBoxes
+from notebook_det.zoo import anchor_free, recipes as zoo, retina_variants, ssd
 
 COLORS = [230, 159, 0, 0, 60, 255, 0, 130, 60] # of outlines: RBC orange, WBC blue, platelets green; nuclei in turn
 RATES, FROZEN = (.005, .01, .02, .04), 2
@@ -120,7 +124,12 @@ def tv_retinanet(d):
 
 def ours(d, family):
     recipe = family(zoo.mobilenet_v2(frozen_stages=FROZEN), d.classes, pixels=zoo.tf_pixels(), out_channels=128)
-    if family is zoo.retinanet: recipe.bbox_head.anchors.octave_base_scale, recipe.bbox_head.rule.max_detections = 2, d.detections
+    if hasattr(recipe, "bbox_head"):
+        recipe.bbox_head.rule.max_detections = d.detections
+        for a in select(recipe.bbox_head, object): # RetinaNet's anchors and guided anchoring's squares: half of COCO's
+            if getattr(a, "octave_base_scale", None) == 4: a.octave_base_scale = 2
+            elif getattr(a, "scales", None) == (4,): a.scales = (2,)
+        if hasattr(recipe.bbox_head, "points"): recipe.bbox_head.assigner.ranges = regress_ranges(anchor_free.STRIDES, 4) # half of COCO's, as RetinaNet's anchors
     else:
         recipe.rpn_head.anchors.scales = (d.scale,)
         recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 500
@@ -130,6 +139,30 @@ def ours(d, family):
     model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own}) # all but the last convolution, which is not used
     return model
 
+# ---- SSD and its family: default boxes for cells of 15 … 120 pixels
+
+def boxes(levels, strides=(8, 16, 32, 64, 107, 320), sides=(16, 36, 64, 100, 140, 180, 240)):
+    return Config(DefaultBoxes, strides[:levels], sides[:levels], sides[1:levels+1], [(2.,)] * levels)
+
+def imagenet_start(model): # the backbone's MobileNetV2 from its ImageNet weights
+    own = model.backbone.state_dict()
+    model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own})
+    return model
+
+def ssdlite(d): # maps at strides 8, 16, 32 from MobileNetV2, one more behind them
+    backbone = zoo.mobilenet_v2(frozen_stages=FROZEN, out_indices=(2, 4, 6))
+    return imagenet_start(build(ssd.ssdlite(d.classes, backbone, boxes(4), (128,), zoo.tf_pixels())))
+
+def m2det(d): # four U-shaped modules of 32 channels on strides 8 and 16
+    backbone = zoo.mobilenet_v2(frozen_stages=FROZEN, out_indices=(2, 4))
+    return imagenet_start(build(ssd.m2det(backbone, d.classes, anchors=boxes(5), pixels=zoo.tf_pixels(), planes=32, levels=4, scales=5, base=(64, 64), thin=32)))
+
+def ssd_vgg(d): # VGG-16 with a quarter of the channels, from scratch; SSD's neck and head, batch norm in the backbone
+    return build(ssd.ssd(Config(VGG, 16, .25, norm=batch_norm), d.classes, anchors=boxes(6), pixels=zoo.torchvision_pixels()))
+
+def scratchdet(d): # root-ResNet-18 with a quarter of the channels, from scratch
+    return build(ssd.scratchdet(d.classes, 18, anchors=boxes(6), planes=16))
+
 @dataclass
 class Method:
     build:callable; data:str; rate:float; iterations:int = 600
@@ -138,6 +171,12 @@ class Method:
 METHODS = dict(
     faster_rcnn=Method(partial(ours, family=zoo.faster_rcnn), "bccd", .02), tv_faster_rcnn=Method(tv_two_stage, "bccd", .02),
     retinanet=Method(partial(ours, family=zoo.retinanet), "bccd", .02, 1200), tv_retinanet=Method(tv_retinanet, "bccd", .02, 1200),
+    fcos=Method(partial(ours, family=anchor_free.fcos), "bccd", .02, 1200), fsaf=Method(partial(ours, family=anchor_free.fsaf), "bccd", .02, 1200),
+    fcos_improved=Method(partial(ours, family=lambda *a, **kw: anchor_free.improved(anchor_free.fcos(*a, **kw))), "bccd", .02, 1200),
+    retinanet_ghm=Method(partial(ours, family=retina_variants.ghm_retinanet), "bccd", .02, 1200), ga_retinanet=Method(partial(ours, family=retina_variants.ga_retinanet), "bccd", .02, 1200),
+    libra_retinanet=Method(partial(ours, family=retina_variants.libra_retinanet), "bccd", .02, 1200),
+    ssdlite=Method(ssdlite, "bccd", .02, 1200), m2det=Method(m2det, "bccd", .02, 1200),
+    ssd_vgg=Method(ssd_vgg, "bccd", .02, 1200), scratchdet=Method(scratchdet, "bccd", .02, 1200),
     mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
 
 # ---- training and evaluation, the same for both sides

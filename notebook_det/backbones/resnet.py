@@ -102,14 +102,15 @@ def make_stage(
     stride:int,   # of the first block
     plugins=(),   # those of all stages
     zero_init_residual:bool=True, # blocks start as identities
+    planes:int=64, # of the first stage
     **options,    # dilation, groups, base_width, style, norm, conv, conv2 of each block
 )->nn.Sequential:
     "The residual blocks from one stride to the next."
     if depth not in DEPTHS: raise ValueError(f"there is no ResNet-{depth}: choose from {sorted(DEPTHS)}")
     make, counts = DEPTHS[depth]
-    planes, mine = 64 * 2**stage, [p for p in plugins if stage in p.stages]
+    first, planes, mine = planes, planes * 2**stage, [p for p in plugins if stage in p.stages]
     inside = planes * make.expansion
-    blocks = [make(64 if stage == 0 else inside // 2, planes, stride, plugins=mine, **options)]
+    blocks = [make(first if stage == 0 else inside // 2, planes, stride, plugins=mine, **options)]
     blocks += [make(inside, planes, plugins=mine, **options) for _ in range(counts[stage] - 1)]
     if zero_init_residual:
         for b in blocks: nn.init.zeros_(getattr(b, b.norm_names[-1]).weight)
@@ -119,16 +120,16 @@ def make_stage(
 class RootStem(nn.Sequential):
     "Three 3×3 convolutions at full resolution, then one pooling (ScratchDet, section 3.3)."
     stride = 2
-    def __init__(self, norm=batch_norm, conv=nn.Conv2d):
-        layer = lambda c: (init_weights(conv(c, 64, 3, stride=1, padding=1, bias=False), kaiming), norm(64), nn.ReLU(inplace=True))
-        super().__init__(*layer(3), *layer(64), *layer(64), nn.MaxPool2d(2, stride=2))
+    def __init__(self, norm=batch_norm, conv=nn.Conv2d, planes:int=64):
+        layer = lambda c: (init_weights(conv(c, planes, 3, stride=1, padding=1, bias=False), kaiming), norm(planes), nn.ReLU(inplace=True))
+        super().__init__(*layer(3), *layer(planes), *layer(planes), nn.MaxPool2d(2, stride=2))
 
-def add_stem(net, stem, norm, conv)->list: # a module that gets children; → their names in order
+def add_stem(net, stem, norm, conv, planes)->list: # a module that gets children; → their names in order
     "The root stem as `stem`, or the usual one under its published names `conv1` and `bn1`."
-    if stem is not None: net.stem = stem(norm, conv); return ["stem"]
-    first = norm(64)
+    if stem is not None: net.stem = stem(norm, conv, planes); return ["stem"]
+    first = norm(planes)
     names = ["conv1", f"{norm_name(first)}1", "relu", "maxpool"]
-    layers = init_weights(conv(3, 64, 7, stride=2, padding=3, bias=False), kaiming), first, nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+    layers = init_weights(conv(3, planes, 7, stride=2, padding=3, bias=False), kaiming), first, nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
     for name, layer in zip(names, layers): net.add_module(name, layer)
     return names
 
@@ -149,16 +150,17 @@ class ResNet(KeepsFrozen):
                  conv2=(None,)*4,                 # per stage: another factory for the second convolution of its blocks
                  plugins=(),                      # Plugin …
                  zero_init_residual:bool=True,    # blocks start as identities
-                 stem=None):                      # factory: norm, conv → what comes before the stages, with a `stride`; None: 7×7 and pooling
+                 planes:int=64,                   # channels of the stem and inside the first stage; each later stage has twice as many
+                 stem=None):                      # factory: norm, conv, planes → what comes before the stages, with a `stride`; None: 7×7 and pooling
         super().__init__()
         _check(num_stages, dict(strides=strides, dilations=dilations, conv2=conv2), out_indices, style, frozen_stages)
         options = dict(groups=groups, base_width=base_width, style=style, norm=norm, conv=conv)
-        self.steps = add_stem(self, stem, norm, conv)
+        self.steps = add_stem(self, stem, norm, conv, planes)
         self.stages = [f"layer{i+1}" for i in range(num_stages)]
         for i, name in enumerate(self.stages):
-            self.add_module(name, make_stage(depth, i, strides[i], plugins, zero_init_residual, dilation=dilations[i], conv2=conv2[i], **options))
+            self.add_module(name, make_stage(depth, i, strides[i], plugins, zero_init_residual, planes, dilation=dilations[i], conv2=conv2[i], **options))
         self.out_indices = tuple(sorted(out_indices))
-        self.channels = tuple(64 * 2**i * DEPTHS[depth][0].expansion for i in self.out_indices)
+        self.channels = tuple(planes * 2**i * DEPTHS[depth][0].expansion for i in self.out_indices)
         self.strides = tuple((4 if stem is None else self.stem.stride) * math.prod(strides[:i+1]) for i in self.out_indices)
         self.frozen = (*self.steps, *self.stages[:frozen_stages]) if frozen_stages >= 0 else ()
         self.norm_eval, self.norm_grad = norm_eval, norm_grad

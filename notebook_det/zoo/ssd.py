@@ -60,7 +60,7 @@ def ssd(
     backbone,           # of two maps at strides 8 and 16
     num_classes=80,
     size=300,           # 300 or 512: of pictures, default boxes and the number of levels
-    data="coco",        # or "voc": sizes of the default boxes
+    anchors=None,       # a DefaultBoxes node; None: those published for COCO
     pixels=None,        # a Normalize node; None: that of the VGG weights
     **kw,               # any argument of SingleStage
 )->Config:
@@ -68,7 +68,7 @@ def ssd(
     more = dict(channels=(512, 256, 256, 256), strides=(2, 2, 1, 1), paddings=(1, 1, 0, 0))
     if size == 512: more = dict(channels=(512, 256, 256, 256, 256), strides=(2, 2, 2, 2, 1), paddings=(1,) * 5, last_kernel=4)
     maps = channels(backbone)
-    head = ssd_head(num_classes, (*maps, *more["channels"]), default_boxes(size, data))
+    head = ssd_head(num_classes, (*maps, *more["channels"]), anchors or default_boxes(size))
     return _exact(Config(SingleStage, backbone, Config(SSDNeck, maps, **more), head, pixels or ssd_pixels(), **kw), size)
 
 def ssd300(num_classes=80, **kw)->Config: return ssd(Config(VGG), num_classes, 300, **kw)
@@ -81,33 +81,38 @@ def _exact(model, size): # `predict` makes all pictures that large
 # %% ../../nbs/14_zoo/03_ssd.ipynb #ssdlite
 def ssdlite(
     num_classes=80,
-    pixels=None, # a Normalize node; None: torchvision's
-    **kw,        # any argument of SingleStage
+    backbone=None, # None: MobileNetV2 at strides 16 and 32, from scratch
+    anchors=None,  # a DefaultBoxes node; None: those published, for six maps
+    more=(512, 256, 256, 128), # channels of the maps behind the backbone's
+    pixels=None,   # a Normalize node; None: torchvision's
+    **kw,          # any argument of SingleStage
 )->Config:
     "SSD with MobileNetV2 and depthwise convolutions everywhere, pictures of 320 × 320 (MobileNetV2, section 6.2)."
-    norm, more = Partial(batch_norm, eps=1e-3, momentum=.03), (512, 256, 256, 128)
-    backbone = Config(MobileNetV2, out_indices=(4, 7), norm_eval=False, norm=norm)
-    neck = Config(SSDNeck, (96, 1280), more, (2,) * 4, (1,) * 4, l2_scale=None, step=Partial(depthwise_step, norm=norm))
-    sides = (48, 100, 150, 202, 253, 304, 320)
-    anchors = Config(DefaultBoxes, (16, 32, 64, 107, 160, 320), sides[:-1], sides[1:], [(2., 3.)] * 6)
-    head = ssd_head(num_classes, (96, 1280, *more), anchors, predictor=Partial(depthwise_predictor, norm=norm))
+    norm, sides = Partial(batch_norm, eps=1e-3, momentum=.03), (48, 100, 150, 202, 253, 304, 320)
+    backbone = backbone or Config(MobileNetV2, out_indices=(4, 7), norm_eval=False, norm=norm)
+    anchors = anchors or Config(DefaultBoxes, (16, 32, 64, 107, 160, 320), sides[:-1], sides[1:], [(2., 3.)] * 6)
+    maps, n = channels(backbone), len(more)
+    neck = Config(SSDNeck, maps, more, (2,) * n, (1,) * n, l2_scale=None, step=Partial(depthwise_step, norm=norm))
+    head = ssd_head(num_classes, (*maps, *more), anchors, predictor=Partial(depthwise_predictor, norm=norm))
     return _exact(Config(SingleStage, backbone, neck, head, pixels or torchvision_pixels(), **kw), 320)
 
 # %% ../../nbs/14_zoo/03_ssd.ipynb #scratchdet
 def scratchdet(
     num_classes=80,
-    depth=34,    # of the ResNet
-    size=300,    # 300 or 512
-    pixels=None, # a Normalize node; None: torchvision's
-    **kw,        # any argument of SingleStage
+    depth=34,     # of the ResNet
+    size=300,     # 300 or 512
+    anchors=None, # a DefaultBoxes node; None: those of SSD
+    planes=64,    # channels of the ResNet's first stage; the maps behind it have twice as many
+    pixels=None,  # a Normalize node; None: torchvision's
+    **kw,         # any argument of SingleStage
 )->Config:
     "SSD that learns without ImageNet: batch norm everywhere, and a ResNet that reads pictures at full resolution."
-    backbone = Config(ResNet, depth, stem=RootStem, out_indices=(2, 3), frozen_stages=-1, norm_eval=False, zero_init_residual=False)
+    backbone = Config(ResNet, depth, planes=planes, stem=RootStem, out_indices=(2, 3), frozen_stages=-1, norm_eval=False, zero_init_residual=False)
     steps = ((2, 1), (2, 1), (2, 1), (1, 0)) if size == 300 else ((2, 1),) * 5            # stride, padding
     strides, paddings = zip(*steps)
-    maps, more = channels(backbone), (128,) * len(steps)
+    maps, more = channels(backbone), (2 * planes,) * len(steps)
     neck = Config(SSDNeck, maps, more, strides, paddings, l2_scale=None, step=ResidualStep)
-    head = ssd_head(num_classes, (*maps, *more), default_boxes(size), predictor=norm_predictor)
+    head = ssd_head(num_classes, (*maps, *more), anchors or default_boxes(size), predictor=norm_predictor)
     return _exact(Config(SingleStage, backbone, neck, head, pixels or torchvision_pixels(), **kw), size)
 
 # %% ../../nbs/14_zoo/03_ssd.ipynb #m2det
@@ -118,15 +123,18 @@ def m2det(
     num_classes=80,
     size=320,     # 320 or 512
     pixels=None,  # a Normalize node; None: that of the authors' VGG weights
+    anchors=None, # a DefaultBoxes node; None: those published, for six scales
     planes=256, levels=8, # channels and number of the U-shaped modules
+    scales=6,     # maps of the pyramid
+    base=(256, 512), thin=128, # channels of the base feature, and of what a module sees of it
     **kw,         # any argument of SingleStage
 )->Config:
     "M2Det: SSD's head on a pyramid of many levels and six scales."
     shares, strides = PATTERN[size]
     sides = tuple(size * s for s in shares)
-    anchors = Config(DefaultBoxes, strides, sides[:-1], sides[1:], [(2., 3.)] * 6, limit=float(size))
-    neck = Config(MLFPN, channels(backbone), planes, levels)
-    head = ssd_head(num_classes, (planes * levels,) * 6, anchors, rule=Config(DetectionRule, .1, 1000, .45, 200))
+    anchors = anchors or Config(DefaultBoxes, strides, sides[:-1], sides[1:], [(2., 3.)] * 6, limit=float(size))
+    neck = Config(MLFPN, channels(backbone), planes, levels, scales, base, thin)
+    head = ssd_head(num_classes, (planes * levels,) * scales, anchors, rule=Config(DetectionRule, .1, 1000, .45, 200))
     return _exact(Config(SingleStage, backbone, neck, head, pixels or m2det_pixels(), **kw), size)
 
 def m2det_vgg(num_classes=80, **kw)->Config: return m2det(Config(VGG), num_classes, **kw)
@@ -144,7 +152,7 @@ def experiment(m)->Config: # a match of NAME → Experiment; the name is filled 
     if m["m2det"]: return _m2det(m["net"], int(m["m2det"]))
     size, voc = int(m["ssd"]), "_voc" in m[0]
     schedule = Config(Schedule, 240, (160, 200), 1e-3, 64, weight_decay=5e-4) if voc else Config(Schedule, 120, (80, 110), 2e-3, 64, weight_decay=5e-4)
-    model = ssd(Config(VGG), 20 if voc else 80, size, "voc" if voc else "coco")
+    model = ssd(Config(VGG), 20 if voc else 80, size, default_boxes(size, "voc" if voc else "coco"))
     return _experiment(model, size, schedule, "caffe:vgg16")
 
 # %% ../../nbs/14_zoo/03_ssd.ipynb #experiment-2
