@@ -72,10 +72,11 @@ def resize_image(
 def pad_batch(
     images,         # list of [C,H,W], sizes may differ
     divisor:int=32, # height and width of the batch are multiples of this
+    value=0,        # around the pictures (semantic maps: 255, nobody knows)
 )->Tensor: # [B,C,H',W']
     "Stack pictures of different sizes: each upper left in its frame, zeros elsewhere."
     if not len(images): raise ValueError("a batch needs at least one image")
     h, w = (-(-max(im.shape[d] for im in images) // divisor) * divisor for d in (-2, -1))
-    out = images[0].new_zeros((len(images), images[0].shape[0], h, w))
+    out = images[0].new_full((len(images), images[0].shape[0], h, w), value)
     for im, to in zip(images, out): to[:, :im.shape[-2], :im.shape[-1]] = im
     return out
