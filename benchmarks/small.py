@@ -37,6 +37,7 @@ from notebook_det.evaluation.coco import CocoEvaluator, per_class, summary
 from notebook_det.backbones.vgg import VGG
 from notebook_det.foundations.recipes import Config, build, select
 from notebook_det.foundations.structures import Instances
+from notebook_det.losses.regression import SmoothL1Loss
 from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.priors.points import regress_ranges
 from notebook_det.layers.norm import batch_norm
@@ -134,6 +135,7 @@ def ours(d, family):
         recipe.rpn_head.anchors.scales = (d.scale,)
         recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 500
         recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 128, d.detections
+        for head in (recipe.rpn_head, recipe.roi_head.bbox_head): head.loss_bbox = Config(SmoothL1Loss, beta=1/9) # as torchvision's
     model = build(recipe)
     own = model.backbone.state_dict()
     model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own}) # all but the last convolution, which is not used
