@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FPN', 'extra_levels']
 
-# %% ../../nbs/07_necks/01_fpn.ipynb #5f1f4933
+# %% ../../nbs/07_necks/01_fpn.ipynb #4ff8373d
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..layers.conv import ConvNormAct, init_weights, xavier
+from ..layers.conv import ConvNormAct, caffe2_xavier, init_weights
 
 # %% ../../nbs/07_necks/01_fpn.ipynb #fpn
 class FPN(nn.Module):
@@ -37,7 +37,7 @@ class FPN(nn.Module):
         extra = num_outs - len(used) if extra_convs else 0
         inputs = [out_channels] * len(used) + [used[-1] if i == 0 and extra_convs == "on_input" else out_channels for i in range(extra)]
         self.fpn_convs = nn.ModuleList(ConvNormAct(c, out_channels, 3, stride=1 if i < len(used) else 2, padding=1, norm=norm, **options) for i, c in enumerate(inputs))
-        init_weights(self, xavier)
+        init_weights(self, caffe2_xavier)
 
     def forward(self, features)->tuple: # [B,C,H,W] of each backbone map → [B,out_channels,h,w] of each level
         if len(features) != len(self.in_channels): raise ValueError(f"this pyramid takes {len(self.in_channels)} maps, got {len(features)}")

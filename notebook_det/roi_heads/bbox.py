@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BBoxHead', 'own_deltas', 'bbox_losses', 'per_roi_losses', 'bbox_detections']
 
-# %% ../../nbs/09_roi_heads/02_bbox.ipynb #0ae60f5e
+# %% ../../nbs/09_roi_heads/02_bbox.ipynb #9830ea90
 import copy
 import torch
 from torch import Tensor, nn
-from ..layers.conv import ConvNormAct, init_weights, normal, xavier
+from ..layers.conv import ConvNormAct
 from ..foundations.structures import Instances
 from ..ops.nms import multiclass_nms
 
@@ -35,7 +35,6 @@ class BBoxHead(nn.Module):
         self.shared_fcs = nn.ModuleList([nn.Linear(a, b) for a,b in zip(f, f[1:])])
         self.fc_cls = nn.Linear(f[-1], num_classes + 1)
         self.fc_reg = nn.Linear(f[-1], 4 if class_agnostic else 4*num_classes)
-        for m,how in ((self.shared_fcs, xavier), (self.fc_cls, normal(.01)), (self.fc_reg, normal(.001))): init_weights(m, how)
 
     def forward(self, x): # [R,C,s,s] → class scores [R,K+1], deltas [R,4K] or [R,4]
         for m in self.shared_convs: x = m(x)
