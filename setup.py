@@ -57,6 +57,6 @@ setup(
     packages=find_packages(include=["notebook_det", "notebook_det.*"]) + ([] if EDITABLE else ["notebook_det._csrc"]),
     package_dir={} if EDITABLE else {"notebook_det._csrc": "csrc"}, package_data={"": ["*.cpp", "*.cu", "*.h", "*.csv", "*.json"], "notebook_det._csrc": ["*.txt"]},
     install_requires=s.get("requirements", "").split(),
-    extras_require={"dev": s.get("dev_requirements", "").split()},
+    extras_require={k: s.get(f"{k}_requirements", "").split() for k in ("dev", "fast")},
     entry_points={"nbdev": [f"{s['lib_name']}={s['lib_path']}._modidx:d"], "console_scripts": s.get("console_scripts", "").split()},
     zip_safe=False, **operators())

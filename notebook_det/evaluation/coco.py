@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['AREAS', 'IOUS', 'quiet', 'index_coco', 'by_kind', 'renumber', 'encode', 'pack', 'as_results', 'found_coco',
-           'run_coco', 'mean', 'summary', 'as_coco', 'CocoEvaluator', 'check_kinds', 'match', 'write_whole',
-           'per_class', 'table_rows', 'as_text', 'as_html', 'diagnosis', 'evaluate']
+           'fast_library', 'choose_library', 'run_coco', 'mean', 'summary', 'as_coco', 'Collector', 'CocoEvaluator',
+           'check_kinds', 'no_gc', 'match', 'write_whole', 'per_class', 'table_rows', 'as_text', 'as_html',
+           'examples_of', 'diagnosis', 'evaluate', 'pool', 'without_thresholds', 'why_nothing']
 
-# %% ../../nbs/13_evaluation/01_coco.ipynb #fa712965
-import html, io, json
-from contextlib import redirect_stdout
+# %% ../../nbs/13_evaluation/01_coco.ipynb #5b5a93e8
+import gc, html, io, json
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 import numpy as np, torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from ..foundations.progress import progress
+from ..foundations.progress import note, progress
+from ..foundations.ranks import from_first, gather_to_first, world
 from ..ops.masks import encode_rle
+from .faults import faults
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #quiet
 AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)} # pixels², COCO's small, medium and large
@@ -84,16 +87,13 @@ def as_results(
     mask=False,   # with masks
     box=True,     # with boxes
 )->list:
-    "Detections in COCO's json format; a label without a category is left out."
+    "Detections in COCO's json format; a label without a category, or a score that is no number, is left out."
     out, known = [], {i: c for i,c in enumerate(category_ids) if c is not None}
     for image_id, f in found.items():
-        xywh = np.concatenate([f["boxes"][:,:2], f["boxes"][:,2:] - f["boxes"][:,:2]], 1).tolist()
-        for i,(score,label) in enumerate(zip(f["scores"].tolist(), f["labels"].tolist())):
-            if label not in known: continue
-            r = {"image_id": image_id, "category_id": known[label], "score": score}
-            if box: r["bbox"] = xywh[i]
-            if mask: r["segmentation"] = f["masks"][i]
-            out.append(r)
+        columns = {"image_id": [image_id]*len(f["labels"]), "category_id": [known.get(i) for i in f["labels"].tolist()], "score": f["scores"].tolist()}
+        if box: columns["bbox"] = np.concatenate([f["boxes"][:,:2], f["boxes"][:,2:] - f["boxes"][:,:2]], 1).tolist()
+        if mask: columns["segmentation"] = f["masks"]
+        out += [dict(zip(columns, row)) for row in zip(*columns.values()) if row[1] is not None and row[2] == row[2]]
     return out
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #found-coco
@@ -109,6 +109,27 @@ def found_coco(
     for i,r in enumerate(rows): r.update(id=i+1, iscrowd=0, area=float(rle.area(r["segmentation"])) if segm else r["bbox"][2]*r["bbox"][3])
     return index_coco(truth.dataset["images"], rows, truth.dataset["categories"])
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #fast-library
+def fast_library(): # (COCO, COCOeval) of faster-coco-eval; None where it is not installed
+    "The fast twin of pycocotools, an optional extra."
+    try:
+        from faster_coco_eval import COCO as Index
+        from faster_coco_eval.core.faster_eval_api import COCOeval_faster as Eval
+    except ImportError: return None
+    return Index, Eval
+
+# %% ../../nbs/13_evaluation/01_coco.ipynb #choose-library
+def choose_library(
+    fast,       # True, False or None: where it is installed
+    detections, # how many there are
+):              # what `fast_library` gives; None: pycocotools
+    "Which library computes, and a line where the slow one has to."
+    if fast is False: return None
+    library = fast_library()
+    if library is None and (fast or detections > 100_000):
+        note(f"evaluating {detections:,} detections with pycocotools; `pip install notebook_det[fast]` gives the same numbers several times faster")
+    return library
+
 # %% ../../nbs/13_evaluation/01_coco.ipynb #run-coco
 def run_coco(
     truth:COCO, # from `renumber`
@@ -117,9 +138,12 @@ def run_coco(
     max_dets,   # how many detections a class and image count, a rising list
     areas,      # name -> (from, to) in pixels²
     ious,       # thresholds
+    fast=None,  # with faster-coco-eval: True, False, or None: where it is installed
 )->COCOeval:
     "pycocotools' matching, silently; `precision` [T,R,K,A,M] and `recall` [T,K,A,M] lie in `.eval`."
-    ev = COCOeval(truth, found, kind)
+    library = choose_library(fast, len(found.anns))
+    if library is None: ev = COCOeval(truth, found, kind)
+    else: ev = library[1](library[0](truth.dataset), library[0](found.dataset), kind, rle_iou_max_workers=1)
     ev.params.maxDets, ev.params.iouThrs = list(max_dets), np.array(ious)
     ev.params.areaRngLbl, ev.params.areaRng = ["all", *areas], [[0, 1e10], *map(list, areas.values())]
     with quiet(): ev.evaluate(); ev.accumulate()
@@ -157,8 +181,26 @@ def as_coco(
         with quiet(): return COCO(str(truth))
     except json.JSONDecodeError as e: raise ValueError(f"annotation file {truth} is not valid json: {e.msg} in line {e.lineno}") from None
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #collector
+class Collector:
+    "Holds what was found image by image; parts that other processes hold can be merged, each image once."
+    known = ()                   # ids of the images that there are
+    def reset(self): self.found = {}; self.changed()
+    def changed(self): pass      # forget what was computed
+    def check(self, image_ids):
+        for i in image_ids:
+            if i not in self.known: raise ValueError(f"image {i!r} is not in the annotations that this evaluator knows")
+    def state(self): return self.found
+    def take(self, image_ids, entries): # an image seen again replaces what was there
+        self.check(image_ids); self.found.update(zip(image_ids, entries)); self.changed()
+    def merge(self, *states): # of other evaluators of the same kind, or what their `state()` gave
+        for s in states:
+            s = getattr(s, "found", s); self.check(s)
+            self.found = {**s, **self.found}
+        self.changed(); return self
+
 # %% ../../nbs/13_evaluation/01_coco.ipynb #cocoevaluator
-class CocoEvaluator:
+class CocoEvaluator(Collector):
     "Collects detections image by image and says how good they are."
     def __init__(self,
                  truth,              # a data set with `coco()`, pycocotools' COCO, or the path of a json file
@@ -166,26 +208,24 @@ class CocoEvaluator:
                  max_detections=100, # that count per class and image; small crowded objects need more
                  category_ids=None,  # json id of each label a model gives (None for a label that is no class, as torchvision's 0)
                  areas=AREAS,        # name -> (from, to) in pixels²
-                 ious=IOUS):
-        self.kinds, self.areas, self.ious = check_kinds(kinds), areas, ious
+                 ious=IOUS,
+                 fast=None):         # with faster-coco-eval: True, False, or None: where it is installed
+        self.kinds, self.areas, self.ious, self.fast = check_kinds(kinds), areas, ious, fast
         self.max_dets = sorted({min(n, max_detections) for n in (1, 10, max_detections)})
         source = as_coco(truth)
         names = {c["id"]: c["name"] for c in source.dataset["categories"]}
         own = list(getattr(truth, "category_ids", None) or sorted(names, key=by_kind))
         self.category_ids, self.classes = own if category_ids is None else list(category_ids), [names[k] for k in own]
         self.labels = [own.index(k)+1 if k in own else None for k in self.category_ids] # `truth`'s category id of each label
-        self.truth, self.place = renumber(source, own)
+        self.truth, self.place = renumber(source, own); self.known = self.place
         bare = sum("segmentation" not in a for a in self.truth.dataset["annotations"])
         if "segm" in self.kinds and bare: raise ValueError(f"masks cannot be evaluated: {bare} of {len(self.truth.anns)} objects have no segmentation")
         self.reset()
 
-    def reset(self): self.found, self._matched = {}, {}
+    def changed(self): self._matched, self.note = {}, ""   # the numbers; what is known about a run without detections
     def update(self, image_ids, detections): # ids as in the json; for each of them Instances or a dict
         if len(image_ids) != len(detections): raise ValueError(f"{len(image_ids)} images but detections of {len(detections)}")
-        for i,d in zip(image_ids, detections):
-            if i not in self.place: raise ValueError(f"image {i!r} is not in the annotations that this evaluator knows")
-            self.found[i] = pack(d, "segm" in self.kinds) # an image seen again replaces what was there
-        self._matched = {}
+        self.take(image_ids, (pack(d, "segm" in self.kinds) for d in detections))
     def matched(self): # kind -> COCOeval, computed once and kept until more detections come
         if not self._matched: self._matched = {k: match(self, k) for k in self.kinds}
         return self._matched
@@ -202,13 +242,23 @@ def check_kinds(kinds)->tuple:
     if not kinds or set(kinds) - {"bbox", "segm"}: raise ValueError(f"kinds must be 'bbox', 'segm' or both, not {kinds}")
     return kinds
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #no-gc
+@contextmanager
+def no_gc():
+    "Without Python's search for circular garbage; what is not circular is freed as always."
+    was = gc.isenabled(); gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
 # %% ../../nbs/13_evaluation/01_coco.ipynb #match
 def match(evaluator, kind)->COCOeval:
-    "pycocotools' verdict on what an evaluator has collected."
+    "The verdict on what an evaluator has collected."
     place = evaluator.place
     found = {place[i]: f for i,f in sorted(evaluator.found.items(), key=lambda o: place[o[0]])}
-    found = found_coco(found, evaluator.labels, evaluator.truth, kind)
-    return run_coco(evaluator.truth, found, kind, evaluator.max_dets, evaluator.areas, evaluator.ious)
+    with no_gc():
+        found = found_coco(found, evaluator.labels, evaluator.truth, kind)
+        return run_coco(evaluator.truth, found, kind, evaluator.max_dets, evaluator.areas, evaluator.ious, evaluator.fast)
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #write-whole
 def write_whole(path, text):
@@ -254,23 +304,44 @@ def as_html(rows)->str:
     cell = lambda r, i: f'<{tag(r)} style="text-align:{"right" if i else "left"}">{html.escape(r[i])}</{tag(r)}>'
     return "<table>" + "".join("<tr>" + "".join(cell(r, i) for i in range(len(r))) + "</tr>" for r in rows) + "</table>"
 
+# %% ../../nbs/13_evaluation/01_coco.ipynb #examples-of
+def examples_of(
+    evaluator,
+    images=40, # at most, spread evenly
+)->list: # pairs (truth, found): dicts of arrays; labels as the model counts them
+    "Images that have both objects and detections, for a closer look."
+    e, out = evaluator, []
+    label, size = {k: i for i,k in enumerate(e.labels)}, {r["id"]: (r["width"], r["height"]) for r in e.truth.dataset["images"]}
+    both = [i for i,f in e.found.items() if len(f["scores"]) and any(a["category_id"] in label and not a["iscrowd"] for a in e.truth.imgToAnns[e.place[i]])]
+    for i in both[::-(-len(both)//images) or 1]:
+        rows = [a for a in e.truth.imgToAnns[e.place[i]] if a["category_id"] in label and not a["iscrowd"]]
+        b = np.array([a["bbox"] for a in rows], dtype=np.float64)
+        boxes = np.concatenate([b[:,:2], b[:,:2] + b[:,2:]], 1); w, h = size[e.place[i]]
+        out.append(({"boxes": boxes, "labels": np.array([label[a["category_id"]] for a in rows]), "size": (w or boxes[:,2].max(), h or boxes[:,3].max())}, e.found[i]))
+    return out
+
 # %% ../../nbs/13_evaluation/01_coco.ipynb #diagnosis
 def diagnosis(
-    evaluator:CocoEvaluator,
+    evaluator,
 )->list: # sentences
     "What explains a strange result: nothing to find, nothing found, images left out, labels or coordinates that cannot be right."
     e, truth, seen = evaluator, evaluator.truth, len(evaluator.found)
     labels = np.concatenate([f["labels"] for f in e.found.values()] or [np.zeros(0, np.int64)])
+    lost = sum(int(np.isnan(f["scores"]).sum()) for f in e.found.values())
     valid = np.isin(labels, [i for i,k in enumerate(e.labels) if k is not None])
     end = {r["id"]: np.array([r["width"] or np.inf, r["height"] or np.inf]) + 2 for r in truth.dataset["images"]}
     over = sum(int((f["boxes"][:,2:] > end[e.place[i]]).any(1).sum()) for i,f in e.found.items())
-    no_match = valid.any() and truth.anns and all(summary(m)["AP50"] == 0 for m in e.matched().values())
+    ap50 = max((summary(m)["AP50"] for m in e.matched().values()), default=0) if len(labels) and truth.anns else 1
+    names = ["?" if k is None else e.classes[k - 1] for k in e.labels]
+    odd = faults(examples_of(e), names, e.category_ids) if ap50 < .2 else {}
     say = {"There is no object to find in these annotations.": not truth.anns,
            f"{len(e.place)-seen} of {len(e.place)} images were never looked at; their objects count as missed.": seen < len(e.place),
-           f"Nothing was detected in {seen} images: no score above the model's threshold. Is it trained, are its weights loaded, is the threshold low enough?": seen and not len(labels),
+           e.note or f"Nothing was detected in {seen} image{'s'*(seen != 1)}: no score above the model's threshold. Is it trained, are its weights loaded, is the threshold low enough?": seen and not len(labels),
            f"{int((~valid).sum())} of {len(labels)} detections have a label that stands for no class here and were left out.": not valid.all(),
-           f"{over} of {len(labels)} boxes reach over the right or lower edge: are they in the coordinates of another image size?": over > len(labels)/10,
-           "No detection overlaps an object of its class by half: is the order of the classes, or the image size, another one than in training?": no_match}
+           f"{lost} of {len(labels)} scores are not numbers; these detections were left out. Has the training diverged?": lost,
+           f"{over} of {len(labels)} boxes reach over the right or lower edge: are they in the coordinates of another image size?": over > len(labels)/10 and "boxes" not in odd,
+           **dict.fromkeys(odd.values(), True),
+           "No detection overlaps an object of its class by half: is the order of the classes, or the image size, another one than in training?": ap50 == 0 and not odd}
     return [sentence for sentence,holds in say.items() if holds]
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #evaluate
@@ -285,11 +356,44 @@ def evaluate(
     "Run a model over a test loader and compute the evaluator's numbers; modes of the modules are put back afterwards."
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     if modes: model.eval()
+    run = lambda images: call(model, images.to(device, non_blocking=True)) if call else model(images.to(device, non_blocking=True))
     evaluator.reset()
     try:
-        for images,targets in progress(loader, label="evaluate"):
-            images = images.to(device, non_blocking=True)
-            evaluator.update([t.image_id for t in targets], call(model, images) if call else model(images))
+        for images,targets in progress(loader, label="evaluate"): evaluator.update([t.image_id for t in targets], run(images))
+        pool(evaluator)
+        if isinstance(evaluator, CocoEvaluator) and modes and not any(len(f["scores"]) for f in evaluator.found.values()): evaluator.note = why_nothing(model, loader, run)
     finally:
         for m,was in modes: m.training = was
-    return evaluator.compute()
+    return from_first(evaluator.compute)
+
+def pool(evaluator):
+    "Give the first of several processes what all of them found. An image that two of them looked at counts once."
+    if world() > 1 and not isinstance(getattr(evaluator, "found", None), dict): raise TypeError(f"{type(evaluator).__name__} cannot be used by several processes: it has no dict `found` (image id → what was found)")
+    for found in gather_to_first(getattr(evaluator, "found", None)) if world() > 1 else (): evaluator.found.update(found)
+
+# %% ../../nbs/13_evaluation/01_coco.ipynb #without-thresholds
+@contextmanager
+def without_thresholds(model):
+    "All of a model's score thresholds at 0 for a while; gives the list of what they were."
+    parts = [o for m in model.modules() for o in (m, *vars(m).values())]
+    held = {id(o): (o, k, getattr(o, k)) for k in ("score_threshold", "score_thresh") for o in parts if isinstance(getattr(o, k, None), (int, float))}
+    for o,k,_ in held.values(): setattr(o, k, 0.)
+    try: yield [v for _,_,v in held.values()]
+    finally:
+        for o,k,v in held.values(): setattr(o, k, v)
+
+# %% ../../nbs/13_evaluation/01_coco.ipynb #why-nothing
+def why_nothing(
+    model, loader,
+    run,       # images -> detections
+    images=20, # to look at again
+)->str:
+    "A sentence with the highest score of all that fell under the threshold; empty for a model without one."
+    seen, best = 0, -1.
+    with without_thresholds(model) as thresholds:
+        if not thresholds: return ""
+        for batch,_ in loader:
+            for found in run(batch): seen += 1; best = max(best, float(torch.as_tensor(found["scores"]).max()) if len(found["scores"]) else -1.)
+            if seen >= images: break
+    if best < 0: return f"Nothing was detected, and no score came out even with the threshold {max(thresholds):.3g} set to 0 ({seen} images): are the scores numbers?"
+    return f"Nothing was detected: in {seen} images the highest score is {best:.2g}, below the model's threshold {max(thresholds):.3g}. It has to be trained longer, its weights are missing, or the threshold is too high."

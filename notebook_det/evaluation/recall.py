@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['greedy_ious', 'average_recall', 'ProposalRecall', 'objects_of']
 
-# %% ../../nbs/13_evaluation/02_recall.ipynb #5253dbc5
+# %% ../../nbs/13_evaluation/02_recall.ipynb #c7d18f6d
 import numpy as np, torch
-from .coco import AREAS, IOUS, as_coco, as_text
+from .coco import AREAS, IOUS, Collector, as_coco, as_text
 from ..ops.boxes import box_iou
 
 # %% ../../nbs/13_evaluation/02_recall.ipynb #greedy-ious
@@ -32,19 +32,18 @@ def average_recall(
     return float(np.mean([(ious >= t).mean() for t in thresholds])) if ious.size else float("nan")
 
 # %% ../../nbs/13_evaluation/02_recall.ipynb #proposalrecall
-class ProposalRecall:
+class ProposalRecall(Collector):
     "Average recall of class-agnostic boxes; crowds and ignored objects do not count."
     def __init__(self,
                  truth,                   # a data set with `coco()`, pycocotools' COCO, or the path of a json file
                  counts=(100, 300, 1000), # how many boxes of each picture, the best scores first
                  areas=AREAS):            # name -> (from, to) in pixels²
         self.counts, self.areas, self.truth = tuple(counts), areas, objects_of(as_coco(truth))
-        self.reset()
+        self.known = self.truth; self.reset()
 
-    def reset(self): self.found = {}
     def update(self, image_ids, proposals): # ids as in the json; Instances or dicts with boxes and scores
+        self.check(image_ids)
         for i,p in zip(image_ids, proposals, strict=True):
-            if i not in self.truth: raise ValueError(f"image {i!r} is not in the annotations that this evaluator knows")
             order = torch.as_tensor(p["scores"]).argsort(descending=True, stable=True)[:max(self.counts)]
             iou = box_iou(torch.from_numpy(self.truth[i][:,:4]), torch.as_tensor(p["boxes"])[order].detach().cpu().double()) # [G,N]
             self.found[i] = {n: greedy_ious(iou[:,:n]).numpy() for n in self.counts}
