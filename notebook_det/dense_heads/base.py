@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
+from ..foundations.ranks import mean_over_ranks
 from ..foundations.structures import Instances
 from ..losses.classification import full
 from ..ops.detections import DetectionRule
@@ -64,6 +65,7 @@ class AnchorHead(nn.Module):
     def losses(self, raw, objects, sizes, trace=None): # objects: Instances per image; sizes: (h, w) per image → dict of losses
         priors = self.starts(raw)
         t = self.choose(raw, dense_targets(self, torch.cat(priors, -2), [m.shape[-2:] for m in raw["cls"]], objects, sizes, trace))
+        t.count = mean_over_ranks(t.count)     # of processes that train together: what they have on average
         levels = list(zip(priors, raw["cls"], raw["box"], t.split([p.shape[-2] for p in priors])))
         if trace is not None: trace.update(priors=priors, **per_prior_losses(self, levels))
         pair = [l if self.training else aside(l) for l in (self.loss_cls, self.loss_bbox)]
