@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RIGHT', 'IGNORED', 'VERDICTS', 'DETECTION', 'OBJECT', 'FIXES', 'overlap', 'match_image', 'verdict', 'judge',
-           'Errors', 'of_evaluator', 'truth_of', 'ap101', 'mean_ap', 'fixed', 'corrected', 'errors_table',
-           'errors_json', 'confusion', 'curve', 'best_score', 'draw_costs', 'draw_confusion', 'draw_curves']
+           'Errors', 'of_evaluator', 'truth_of', 'ap101', 'mean_ap', 'fixed', 'corrected', 'errors_table', 'draw_costs',
+           'errors_json', 'confusion', 'draw_confusion', 'curve', 'best_score', 'draw_curves']
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #ae4df2c5
 import json
@@ -112,8 +112,10 @@ class Errors:
         order = np.argsort(-count if kind == "missed" else first, kind="stable")
         return {self.image_ids[i]: rows[rows["image"] == i] for i in every[order]}
     def counts(self): return {k: len(self.of(k)) for k in KINDS}
-    def ap(self): return mean_ap(self.detections, self.objects, len(self.classes))
-    def costs(self): return {k: mean_ap(*fixed(self, k), len(self.classes)) - self.ap() for k in FIXES}
+    def ap(self): return mean_ap(self.detections, self.objects)
+    def costs(self): # kind → what AP would gain
+        own = np.unique(self.objects["label"][~self.objects["ignore"]])
+        return {k: mean_ap(*fixed(self, k), own) - self.ap() for k in FIXES}
     def table(self): return errors_table(self)
     def save(self, path): write_whole(path, json.dumps(errors_json(self), indent=1))
 
@@ -161,15 +163,15 @@ def ap101(
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #mean-ap
 def mean_ap(
-    detections,  # DETECTION, the highest score first
-    objects,     # OBJECT
-    num_classes,
+    detections,   # DETECTION, the highest score first
+    objects,      # OBJECT
+    classes=None, # labels to average over; None: those that have objects
 )->float:
-    "Mean over the classes that have objects."
+    "COCO's mean average precision at the IoU of the verdicts; nan without objects."
     d, o = detections[detections["verdict"] != VERDICTS.index(IGNORED)], objects[~objects["ignore"]]
-    aps = [ap101(d["verdict"][d["label"] == k] == VERDICTS.index(RIGHT), int((o["label"] == k).sum())) for k in range(num_classes)]
-    aps = [a for a in aps if a == a]
-    return float(np.mean(aps)) if aps else float("nan")
+    right, label = d["verdict"] == VERDICTS.index(RIGHT), np.unique(o["label"]) if classes is None else classes
+    aps = [ap101(right[d["label"] == k], int((o["label"] == k).sum())) for k in label]
+    return float(np.nan_to_num(aps).mean()) if len(aps) else float("nan")
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #fixed
 FIXES = (*KINDS, "false alarms", "not found") # the last two: all that is wrong among the detections, and among the objects
@@ -211,6 +213,20 @@ def errors_table(errors)->str:
     head = f"AP at IoU {errors.iou:.2g}: " + ("–" if errors.ap() != errors.ap() else f"{100*errors.ap():.1f}")
     return head + "\n" + as_text([["mistakes", "count", "AP if there were none"], *([k, str(n[k]), mark(cost[k])] for k in FIXES)])
 
+# %% ../../nbs/13_evaluation/04_errors.ipynb #draw-costs
+def draw_costs(
+    errors,  # Errors
+    ax=None, # matplotlib axes; a new figure where none are given
+):
+    "A bar for each kind of mistakes: the AP that it costs, and how many there are."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.figure(figsize=(5.4, 2.6), layout="constrained").add_subplot()
+    costs, counts = errors.costs(), errors.counts()
+    bars = ax.barh(KINDS, [100*np.nan_to_num(costs[k]) for k in KINDS], color=PALETTE[:6])
+    ax.bar_label(bars, [f" {w:.1f}  ({counts[k]})" for k,w in zip(KINDS, bars.datavalues)], fontsize=8)
+    ax.invert_yaxis(); ax.margins(x=.22); ax.set(xlabel="points of AP gained if there were none (how many there are)", title=f"AP {100*errors.ap():.1f} at IoU {errors.iou:.2g}")
+    return ax
+
 # %% ../../nbs/13_evaluation/04_errors.ipynb #errors-json
 def errors_json(errors)->dict:
     "Counts, costs, and each mistake with its image: a file for other tools."
@@ -239,6 +255,27 @@ def confusion(
         np.add.at(out, (t["labels"][left], num_classes), 1)
     return out
 
+# %% ../../nbs/13_evaluation/04_errors.ipynb #draw-confusion
+def draw_confusion(
+    matrix,  # from `confusion`
+    classes, # names by label
+    ax=None,
+    most=20, # classes: of more, those that are confused most
+):
+    "The matrix as a picture: shares of each row, numbers in the cells."
+    import matplotlib.pyplot as plt
+    k = len(matrix) - 1; wrong = matrix - np.diag(np.diag(matrix))
+    keep = np.append(np.sort(np.argsort(-(wrong[:k].sum(1) + wrong[:,:k].sum(0)), kind="stable")[:most]), k)
+    m, names = matrix[np.ix_(keep, keep)], [*np.array([*classes, "nothing"], dtype=object)[keep]]
+    ax = ax or plt.figure(figsize=(1.6 + .42*len(m), 1.2 + .36*len(m)), layout="constrained").add_subplot()
+    share = m/np.maximum(m.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j),v in np.ndenumerate(m):
+        if v: ax.text(j, i, v, ha="center", va="center", fontsize=8, color="w" if share[i,j] > .5 else "k")
+    ax.set_xticks(range(len(m)), names, rotation=40, ha="right", fontsize=8); ax.set_yticks(range(len(m)), names, fontsize=8)
+    ax.set(xlabel="is called", ylabel="is")
+    return ax
+
 # %% ../../nbs/13_evaluation/04_errors.ipynb #curve
 def curve(
     errors, # Errors
@@ -263,41 +300,6 @@ def best_score(
     if not len(c["f1"]) or not c["objects"]: return (float("nan"),)*4
     i = int(c["f1"].argmax())
     return tuple(float(c[k][i]) for k in ("scores", "f1", "precision", "recall"))
-
-# %% ../../nbs/13_evaluation/04_errors.ipynb #draw-costs
-def draw_costs(
-    errors,  # Errors
-    ax=None, # matplotlib axes; a new figure where none are given
-):
-    "A bar for each kind of mistakes: the AP that it costs, and how many there are."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.figure(figsize=(5.4, 2.6), layout="constrained").add_subplot()
-    costs, counts = errors.costs(), errors.counts()
-    bars = ax.barh(KINDS, [100*np.nan_to_num(costs[k]) for k in KINDS], color=PALETTE[:6])
-    ax.bar_label(bars, [f" {w:.1f}  ({counts[k]})" for k,w in zip(KINDS, bars.datavalues)], fontsize=8)
-    ax.invert_yaxis(); ax.margins(x=.22); ax.set(xlabel="points of AP gained if there were none (how many there are)", title=f"AP {100*errors.ap():.1f} at IoU {errors.iou:.2g}")
-    return ax
-
-# %% ../../nbs/13_evaluation/04_errors.ipynb #draw-confusion
-def draw_confusion(
-    matrix,  # from `confusion`
-    classes, # names by label
-    ax=None,
-    most=20, # classes: of more, those that are confused most
-):
-    "The matrix as a picture: shares of each row, numbers in the cells."
-    import matplotlib.pyplot as plt
-    k = len(matrix) - 1; wrong = matrix - np.diag(np.diag(matrix))
-    keep = np.append(np.sort(np.argsort(-(wrong[:k].sum(1) + wrong[:,:k].sum(0)), kind="stable")[:most]), k)
-    m, names = matrix[np.ix_(keep, keep)], [*np.array([*classes, "nothing"], dtype=object)[keep]]
-    ax = ax or plt.figure(figsize=(1.6 + .42*len(m), 1.2 + .36*len(m)), layout="constrained").add_subplot()
-    share = m/np.maximum(m.sum(1, keepdims=True), 1)
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j),v in np.ndenumerate(m):
-        if v: ax.text(j, i, v, ha="center", va="center", fontsize=8, color="w" if share[i,j] > .5 else "k")
-    ax.set_xticks(range(len(m)), names, rotation=40, ha="right", fontsize=8); ax.set_yticks(range(len(m)), names, fontsize=8)
-    ax.set(xlabel="is called", ylabel="is")
-    return ax
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #draw-curves
 def draw_curves(
