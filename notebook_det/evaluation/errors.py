@@ -224,7 +224,7 @@ def draw_costs(
     costs, counts = errors.costs(), errors.counts()
     bars = ax.barh(KINDS, [100*np.nan_to_num(costs[k]) for k in KINDS], color=PALETTE[:6])
     ax.bar_label(bars, [f" {w:.1f}  ({counts[k]})" for k,w in zip(KINDS, bars.datavalues)], fontsize=8)
-    ax.invert_yaxis(); ax.margins(x=.22); ax.set(xlabel="points of AP gained if there were none (how many there are)", title=f"AP {100*errors.ap():.1f} at IoU {errors.iou:.2g}")
+    ax.set_ylim(5.5, -.5); ax.margins(x=.22); ax.set(xlabel="points of AP gained if there were none (how many there are)", title=f"AP {100*errors.ap():.1f} at IoU {errors.iou:.2g}")
     return ax
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #errors-json

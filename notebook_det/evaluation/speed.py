@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['wait', 'status_mb', 'reset_peak', 'peak_mb', 'measure', 'timed', 'report', 'speed_text']
 
-# %% ../../nbs/13_evaluation/05_speed.ipynb #60994da7
-import contextlib, itertools, platform, statistics, threading, time
+# %% ../../nbs/13_evaluation/05_speed.ipynb #925d0a34
+import contextlib, itertools, platform, statistics, time
 from pathlib import Path
 import torch
 
@@ -46,7 +46,8 @@ def measure(
     call=None,    # how to call a model of another kind: (model, images) → detections
 )->dict:
     "Seconds per image as a median over batches, images per second, and peak memory; reading and moving the pictures is not counted."
-    batches = [b[0] if isinstance(b, (tuple, list)) else b for b in itertools.islice(iter(batches), max(1, images))]
+    source, batches = iter(batches), []
+    while sum(map(len, batches)) < images and (b := next(source, None)) is not None: batches.append(b[0] if isinstance(b, (tuple, list)) else b)
     if not batches: raise ValueError("there is no batch to measure the speed with")
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     run = call or (lambda m, x: m(x))
