@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader, Dataset
 from notebook_det.engine import checkpoint as ckpt
 from notebook_det.engine.checkpoint import Checkpoint, CheckpointError, latest, read_checkpoint, resume, save_checkpoint
 from notebook_det.engine.hooks import Hook, HookError, POINTS, Priority
-from notebook_det.engine.logs import JsonLines, Log, NonFiniteWatch, read_log
+from notebook_det.engine.logs import JsonLines, Log, read_log
+from notebook_det.engine.watch import NonFinite, NonFiniteWatch, replay
 from notebook_det.engine.optim import adamw, sgd
 from notebook_det.engine.schedules import CosineDecay, Schedule, StepDecay, lr_curve
 from notebook_det.engine.runner import Runner, seed_everything
@@ -311,7 +312,7 @@ def test_non_finite_names_loss_and_iteration(tmp_path):
         losses = step(model, batch)
         return {**losses, "loss_size": losses["loss_size"] * (math.nan if run.iter == 6 else 1)}
     run.step = breaks
-    with pytest.raises(HookError, match="in iteration 7 the loss was no longer finite: loss_size is nan") as e: run.run()
+    with pytest.raises(HookError, match=r"in iteration 7 \(epoch 2\) the loss was no longer finite: loss_size is nan") as e: run.run()
     assert latest(tmp_path).name == "iter_5.pth"
     assert all(v.isfinite().all() for v in read_checkpoint(tmp_path)["state_dict"].values())
 

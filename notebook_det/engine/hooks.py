@@ -113,7 +113,7 @@ def timeline_text(timeline:Timeline)->str:
     return "\n".join(lines)
 
 # %% ../../nbs/12_engine/01_hooks.ipynb #draw-timeline
-HOOK_COLORS = ("#0072B2", "#B14A00", "#00795A", "#9B4B7E", "#2E7FA8", "#8A5A00", "#5B5191", "#6B4F1D", "#555555")
+HOOK_COLORS = ("#0072B2", "#B14A00", "#00795A", "#9B4B7E", "#2E7FA8", "#8A5A00", "#5B5191", "#6B4F1D", "#555555", "#A23B3B", "#3C6E47", "#7D3C98", "#1F4E79")
 
 def draw_timeline(
     timeline:Timeline,
