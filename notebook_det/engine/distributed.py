@@ -6,8 +6,8 @@
 __all__ = ['launched', 'restarts', 'own_device', 'join', 'InStep', 'check_loader', 'share_waiting', 'SharedLosses', 'distribute',
            'is_loss_of_others', 'ToldToStop', 'Together']
 
-# %% ../../nbs/12_engine/11_distributed.ipynb #f29c13a5
-import inspect, os, signal, threading
+# %% ../../nbs/12_engine/11_distributed.ipynb #c8f9c80b
+import inspect, os, signal, threading, warnings
 from contextlib import suppress
 from datetime import timedelta
 import torch, torch.distributed as dist
@@ -121,6 +121,7 @@ def distribute(
 ):
     "Let a run be one of several: gradients, losses and decisions are shared. Alone nothing changes."
     if world() == 1: return runner
+    warnings.filterwarnings("ignore", "Grad strides do not match")       # of channels-last weights: they are copied, nothing else
     card, quiet = [runner.device.index] if runner.device.type == "cuda" else None, {_BUFFERS: False}
     twin, own = DistributedDataParallel(runner.model, device_ids=card, **{**quiet, **options}), runner.step
     def step(model, batch):
@@ -141,7 +142,9 @@ def is_loss_of_others(error)->bool: # an exception
 class ToldToStop(RuntimeError):
     "`torchrun` (or whoever) has sent SIGTERM."
 
-def _told(*_): raise ToldToStop("told to stop (SIGTERM)")
+def _told(_, frame): # whoever is already about to leave is left in peace
+    while frame is not None and frame.f_code is not Together.__exit__.__code__: frame = frame.f_back
+    if frame is None: raise ToldToStop("told to stop (SIGTERM)")
 
 # %% ../../nbs/12_engine/11_distributed.ipynb #together
 class Together:
@@ -162,8 +165,9 @@ class Together:
 
     def __exit__(self, kind, error, trace):
         if self.store is None: return False
-        if self.before is not None: signal.signal(signal.SIGTERM, self.before)
-        if error is None: dist.destroy_process_group(); return False
+        if error is None: dist.destroy_process_group()
+        if self.before is not None: signal.signal(signal.SIGTERM, self.before if error is None else signal.SIG_IGN)    # one that fails is leaving already
+        if error is None: return False
         if not isinstance(error, Exception): return False      # Ctrl-C, sys.exit
         if not self.speaks(): raise SystemExit(1) from None
         if is_loss_of_others(error): raise SystemExit(self.farewell(error)) from None
