@@ -152,7 +152,8 @@ class Collate:
         original = [tuple(t.original_size or s) for t,s in zip(targets, sizes)] if self.original_sizes else None
         proposals = [t.proposals for t in targets] if all(t.proposals is not None for t in targets) else None
         if proposals: targets = [t.copy(proposals=None) for t in targets]
-        return Images(pad_batch([i for i,_ in items], self.divisor), sizes, original, proposals), targets
+        batch = pad_batch([i for i,_ in items], self.divisor, shared=get_worker_info() is not None)
+        return Images(batch, sizes, original, proposals), targets
 
 # %% ../../nbs/11_data/04_loaders.ipynb #loader
 class Loader(DataLoader):

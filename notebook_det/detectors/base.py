@@ -45,11 +45,13 @@ class Normalize(nn.Module):
         return Images(self.pixels(stack(images, self.divisor, self.mean.device), sizes), sizes)
 
     def pixels(self, x, sizes): # [B,3,H,W] uint8 or float 0 … 1 → normalised
-        x = (x if x.dtype == torch.uint8 else x * 255).to(self.mean.dtype)
-        x = ((x.flip(1) if self.bgr else x) - self.mean) / self.std
+        x = x.flip(1) if self.bgr else x
+        x = (x if x.dtype == torch.uint8 else x * 255).to(self.mean.dtype, memory_format=torch.channels_last)
+        rows = x.permute(0, 2, 3, 1).flatten(2)                                     # [B,H,W·3], the same memory: long rows, ten times as fast as threes
+        rows.sub_(self.mean.view(3).repeat(x.shape[3])).div_(self.std.view(3).repeat(x.shape[3]))
         for i,(h,w) in enumerate(sizes):
             if (h, w) != tuple(x.shape[-2:]): x[i, :, h:], x[i, :, :, w:] = 0, 0
-        return x.contiguous(memory_format=torch.channels_last)
+        return x
 
 # %% ../../nbs/10_detectors/00_base.ipynb #stack
 def stack(images, divisor, device): # list of [3,H,W] → [B,3,H',W'], pictures top left, zeros around

@@ -66,17 +66,27 @@ def resize_image(
 )->Tensor: # [C,height,width] uint8
     "Bilinear, without antialiasing."
     if tuple(image.shape[-2:]) == tuple(size): return image
-    return interpolate(image[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+    x = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)    # [1,C,H,W]; what is stored pixel by pixel is recognised only this way
+    return interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 # %% ../../nbs/02_ops/06_images.ipynb #pad-batch
 def pad_batch(
     images,         # list of [C,H,W], sizes may differ
     divisor:int=32, # height and width of the batch are multiples of this
     value=0,        # around the pictures (semantic maps: 255, nobody knows)
+    shared=False,   # in memory that another process can have without a copy
 )->Tensor: # [B,C,H',W']
     "Stack pictures of different sizes: each upper left in its frame, zeros elsewhere."
     if not len(images): raise ValueError("a batch needs at least one image")
     h, w = (-(-max(im.shape[d] for im in images) // divisor) * divisor for d in (-2, -1))
-    out = images[0].new_full((len(images), images[0].shape[0], h, w), value)
+    shape = len(images), h, w, images[0].shape[0]
+    if not (pixels := images[0].stride(0) == 1 < images[0].shape[0]): shape = shape[0], shape[3], h, w
+    out = _shared(shape, images[0].dtype, value) if shared else images[0].new_full(shape, value)
+    if pixels: out = out.permute(0, 3, 1, 2)                # [B,H,W,C] → [B,C,H,W], as the pictures are stored
     for im, to in zip(images, out): to[:, :im.shape[-2], :im.shape[-1]] = im
     return out
+
+def _shared(shape, dtype, value): # memory fresh from the system is zero already
+    n = torch.Size(shape).numel()
+    out = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_shared(n * dtype.itemsize), 0, shape)
+    return out.fill_(value) if value else out
