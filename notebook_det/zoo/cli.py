@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TEXT', 'SETTINGS', 'spoken', 'sentence', 'call', 'read_recipe', 'read_size', 'Length', 'check', 'rate', 'optimizer',
            'start', 'prepare', 'set_for', 'training_set', 'data_sets', 'present', 'judge_of', 'main_numbers', 'Setup',
-           'mixed_step', 'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'finish', 'test', 'predict',
-           'zoo']
+           'Extras', 'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'launch', 'finish', 'test',
+           'predict', 'zoo']
 
-# %% ../../nbs/14_zoo/23_cli.ipynb #d1fa85bc
+# %% ../../nbs/14_zoo/23_cli.ipynb #05a03f89
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,16 +19,19 @@ from ..data.coco import CocoDetection
 from ..data.loaders import make_loader
 from ..data.toy import make_toy
 from ..engine.checkpoint import latest, resume as resume_run, write_atomic
+from ..engine.distributed import Together, restarts
 from ..engine.hooks import Hook, Priority
 from ..engine.logs import JsonLines, plot_log
 from ..engine.optim import adamw, sgd
 from ..engine.schedules import CosineDecay, Schedule, StepDecay
-from ..engine.runner import Runner, default_step
+from ..engine.runner import Runner
+from ..engine.average import averaged
 from ..engine.train import standard_hooks
 from ..evaluation.coco import CocoEvaluator, evaluate
 from ..evaluation.recall import ProposalRecall
 from ..foundations.draw import grid
 from ..foundations.progress import note, progress
+from ..foundations.ranks import first_goes_first, is_first, world
 from ..foundations.recipes import Config, build, load as load_recipe, override, show as tree, to_json
 from .checkpoints import load_checkpoint, load_imagenet
 from .predict import category_ids, load, predict_folder
@@ -171,17 +175,33 @@ class Setup(Hook):
     priority = Priority.HIGHEST
     def __init__(self, experiment, facts): self.experiment, self.facts = experiment, facts
     def before_run(self, runner):
+        if not is_first(): return
         write_atomic(runner.folder/"recipe.json", lambda f: f.write(to_json(self.experiment).encode()))
         JsonLines(runner.folder)({"mode": "setup", "iter": runner.at.iter, **self.facts}, runner)
 
-def mixed_step(model, batch): # bfloat16 where it is safe; losses stay in float32
-    with torch.autocast(batch[0].device.type, torch.bfloat16): return default_step(model, batch)
+# %% ../../nbs/14_zoo/23_cli.ipynb #extras
+@dataclass
+class Extras:
+    "What a run may have that its recipe does not say."
+    amp:str=None          # "bf16", "fp16", "off"; None: as the recipe says
+    accumulate:int=1      # batches for one step
+    ema:float=None        # decay of an average of the weights
+    keep:int=3            # newest checkpoints
+    keep_best:int=1       # best models
+    early_stop:int=None   # evaluations without a new best
+    tensorboard:bool=False
+    workers:int=0         # processes that read pictures
+    eval_every:int=None   # epochs
+    def hooks(self, plan, device)->dict: # arguments of `standard_hooks`
+        amp = self.amp or ("bf16" if plan.amp and device != "cpu" else "off")
+        return dict(max_norm=plan.max_norm, accumulate=self.accumulate, amp=None if amp == "off" else amp, ema=self.ema, keep_best=self.keep_best, tensorboard=self.tensorboard)
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #claim
 def claim(out, resume):
     "Is this folder free for a run, or does it hold one to resume?"
     out = Path(out)
     held = out.is_dir() and any(out.glob("*.pth"))
+    if restarts(): return out      # by torchrun, after a process had died: with or without a checkpoint
     if held and not resume: raise FileExistsError(f"{out} already holds a run: go on with --resume, or choose another folder with --out")
     if resume and not held: raise FileNotFoundError(f"there is no run to resume in {out}")
     return out
@@ -208,19 +228,19 @@ def draw_results(model, ds, folder, n=6, score=.3):
     return out
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #make-runner
-def make_runner(e, model, train_ds, val_ds, length, batch, lr, out, seed, device, workers, eval_every):
+def make_runner(e, model, train_ds, val_ds, length, batch, lr, out, seed, device, extras):
     "A run with everything that belongs to it."
-    plan, loader = build(e.schedule), make_loader(train_ds, batch, workers=workers, seed=seed, pin_memory=device != "cpu")
+    plan, loader = build(e.schedule), make_loader(train_ds, batch, workers=extras.workers, seed=seed, pin_memory=device != "cpu")
     per_epoch = len(loader)
     judge = judge_of(val_ds, model) if val_ds is not None else None
-    test = make_loader(val_ds, 1, train=False, workers=workers) if judge else None
+    test = make_loader(val_ds, 1, train=False, workers=extras.workers) if judge else None
     score = (lambda m: main_numbers(evaluate(m, progress(test, label="evaluating"), judge, device))) if judge else None
-    often = {"epochs": eval_every or length.every(per_epoch)}
+    often = {"epochs": extras.eval_every or length.every(per_epoch), "keep": extras.keep}
     best = None if judge is None else "AR1000" if isinstance(judge, ProposalRecall) else "segm/AP" if "segm" in judge.kinds else "bbox/AP"
-    hooks = standard_hooks(length.schedule(per_epoch), max_norm=plan.max_norm, log_every=max(1, min(50, length.total(per_epoch) // 20)), save=often, evaluate=score, best=best)
+    if extras.early_stop and best is None: raise ValueError("--early_stop needs --val: there is nothing to evaluate on")
+    hooks = standard_hooks(length.schedule(per_epoch), log_every=max(1, min(50, length.total(per_epoch) // 20)), save=often, evaluate=score, best=best, early_stop=extras.early_stop, **extras.hooks(plan, device))
     meta = {"recipe": to_json(e), "classes": list(train_ds.classes), "category_ids": list(train_ds.category_ids)}
     runner = Runner(model, loader, optimizer(model, plan, lr), hooks, folder=out, seed=seed, device=device, meta=meta,
-                    step=mixed_step if plan.amp and device != "cpu" else default_step,
                     **({"iterations": length.iterations} if length.iterations else {"epochs": length.epochs or plan.epochs}))
     return runner, judge
 
@@ -250,26 +270,47 @@ def train(
     device:str="auto",   # cpu, cuda, cuda:1, …
     workers:int=0,       # processes that read pictures
     eval_every:int=None, # epochs between evaluations (default: about six in a run)
+    amp:str=None,        # mixed precision: bf16, fp16 or off (default: the recipe's)
+    accumulate:int=1,    # batches whose gradients make one step
+    ema:float=None,      # keep an average of the weights with this decay, such as 0.999; evaluations see it
+    keep:int=3,          # so many of the newest checkpoints
+    keep_best:int=1,     # so many of the best models
+    early_stop:int=None, # end after so many evaluations without a new best
+    tensorboard:bool=False, # write event files: tensorboard --logdir runs
     debug:bool=False,    # show where an error happened
 ):
     "Train a detector, evaluate it, draw what it finds. Example: ndet-train faster_rcnn_mobilenet --train train.json --images photos --val val.json"
-    check(lr=lr, batch=batch, workers=workers, eval_every=eval_every, epochs=epochs, iterations=iterations)
-    out, device = claim(out or f"runs/{Path(recipe).stem}", resume), pick_device(device)
-    if toy == bool(train): raise ValueError("give either --train ANNOTATIONS --images FOLDER, or --toy")
-    if toy: made = make_toy(out.parent/"toy"); train, val, images, size = made.train, made.val, made.images, size or "256"
-    if not images: raise ValueError("--images is missing: the folder that the pictures of --train are in")
-    e = prepare(recipe, CocoDetection(train, images).classes, size, set, init)
-    length = Length(build(e.schedule), epochs, iterations)
-    train_ds, val_ds = data_sets(build(e.data), train, images, val, val_images or images)
+    check(lr=lr, batch=batch, workers=workers, eval_every=eval_every, epochs=epochs, iterations=iterations, accumulate=accumulate, keep=keep, keep_best=keep_best, early_stop=early_stop)
+    with Together(pick_device(device)) as us:       # the other processes, if torchrun has started some
+        out = claim(out or f"runs/{Path(recipe).stem}", resume)
+        resume = resume or any(out.glob("*.pth")) and restarts() > 0
+        if toy == bool(train): raise ValueError("give either --train ANNOTATIONS --images FOLDER, or --toy")
+        if toy:
+            with first_goes_first(): made = make_toy(out.parent/"toy")
+            train, val, images, size = made.train, made.val, made.images, size or "256"
+        if not images: raise ValueError("--images is missing: the folder that the pictures of --train are in")
+        e = prepare(recipe, CocoDetection(train, images).classes, size, set, init)
+        extras = Extras(amp, accumulate, ema, keep, keep_best, early_stop, tensorboard, workers, eval_every)
+        launch(recipe, e, (train, images, val, val_images or images), Length(build(e.schedule), epochs, iterations), batch, lr, out, resume, init, seed, us, extras)
+
+# %% ../../nbs/14_zoo/23_cli.ipynb #launch
+def launch(recipe, e, files, length, batch, lr, out, resume, init, seed, us, extras):
+    "A run from its first line to its last picture."
+    device = str(us.device)
+    train_ds, val_ds = data_sets(build(e.data), *files)
     torch.manual_seed(seed); model = build(e.model)
-    lr, why = rate(length.plan, batch, lr)
+    lr, why = rate(length.plan, batch * extras.accumulate * world(), lr)
     began = "weights: those of the run that goes on" if resume else start(model, e, init)
-    runner, judge = make_runner(e, model, train_ds, val_ds, length, batch, lr, out, seed, device, workers, eval_every)
-    runner.add(Setup(e, {"lr": lr, "why": why, "weights": began, "batch": batch}))
-    note(f"{recipe}: {len(train_ds)} pictures, {len(train_ds.classes)} classes ({', '.join(train_ds.classes[:8])}), {runner.max_iterations} iterations on {device}\n{began}\n{why}")
+    runner, judge = make_runner(e, model, train_ds, val_ds, length, batch, lr, out, seed, device, extras)
+    runner.add(Setup(e, {"lr": lr, "why": why, "weights": began, "batch": batch, **vars(extras)}))
+    together = f" in each of {world()} processes" if world() > 1 else ""
+    note(f"{recipe}: {len(train_ds)} pictures, {len(train_ds.classes)} classes ({', '.join(train_ds.classes[:8])}), {runner.max_iterations} iterations on {device}{together}\n{began}\n{why}")
+    us.distribute(runner)
     if resume: resume_run(runner)
     runner.run()
-    finish(model, judge, val_ds if val_ds is not None else train_ds, out)
+    if runner.stopped: note(f"ended early: {runner.stopped}")
+    if not is_first(): return
+    with averaged(runner) if extras.ema is not None else nullcontext(): finish(model, judge, val_ds if val_ds is not None else train_ds, out)
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #finish
 def finish(model, judge, ds, out):
