@@ -4,12 +4,14 @@
 // `static INLINE … run(…)`. `dispatch<Loop>(…)` compiles it three times (baseline x86-64, AVX2, AVX-512) and picks one when
 // the program runs, so that one library is fast on every machine. Elsewhere than on x86 there is the baseline alone.
 // flags.txt says how to build: with -ffp-contract=off, as a fused multiply-add rounds once where torch rounds twice, and
-// results are compared bit by bit; with the LibTorch stable ABI of torch 2.11, so that one library serves every later torch.
+// results are compared bit by bit; with the LibTorch stable ABI of torch 2.11, so that one library serves every later torch;
+// with -fopenmp-simd, which lets the few sums that are marked `omp simd` run in lanes (it brings no threads).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -72,6 +74,21 @@ template <int N, class T> INLINE T most(T* lane) {
   if constexpr (N > 1) return most<N / 2>(lane);
 }
 
+// exp(x) for x ≤ 0, within 2 units in the last place (Cephes' polynomial)
+INLINE float exp_(float x) {
+  x = upper(x, -87.f);
+  const float magic = 12582912.f, n = (x * 1.44269504f + magic) - magic;   // the nearest whole number
+  const float r = (x - n * .693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f, y = y * r + 8.3334519073e-3f, y = y * r + 4.1665795894e-2f, y = y * r + 1.6666665459e-1f, y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return y * power;
+}
+INLINE double exp_(double x) { return std::exp(x); }
+
 inline void require(bool ok, const std::string& sentence) {
   if (!ok) throw std::runtime_error(sentence);
 }
@@ -83,10 +100,60 @@ template <class T> void refuse_nan(const char* op, const char* what, const T* x,
 }
 
 // Calls f with a value of the tensor's type
-template <class F> auto by_type(const char* op, const Tensor& t, F f) {
+template <class F> auto by_type(const char* op, const Tensor& t, F f, const char* what = "boxes") {
   if (t.scalar_type() == ScalarType::Float) return f(float());
   if (t.scalar_type() == ScalarType::Double) return f(double());
-  throw std::runtime_error(std::string(op) + ": boxes must be float32 or float64");
+  throw std::runtime_error(std::string(op) + ": " + what + " must be float32 or float64");
+}
+
+// f(begin, end) over 0 … n, by several threads where all of it takes more than 20 ms: a parallel region costs a slice of the
+// scheduler's time as soon as another program wants the second core, more than all of a small job.
+template <class F> void spread(int64_t n, double ms, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (ms < 20 || threads < 2 || n < 2) return f(0, n);
+  torch::stable::parallel_for(0, n, (n + threads - 1) / threads, f);
+}
+
+// Data of a contiguous tensor of one type; never null
+template <class T> const T* data(const Tensor& t) {
+  static const T none{};
+  return t.numel() ? (const T*)t.const_data_ptr() : &none;
+}
+template <class T> T* out(Tensor& t) {
+  static T none{};
+  return t.numel() ? (T*)t.mutable_data_ptr() : &none;
+}
+
+constexpr auto NHWC = torch::headeronly::MemoryFormat::ChannelsLast;
+
+// Is a [B,C,H,W] tensor stored pixel by pixel, all channels of one together?
+inline bool channels_last(const Tensor& t) {
+  int64_t want = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != want) return false;
+    want *= t.size(d);
+  }
+  return true;
+}
+
+// to = Σ w[k] · row k of n numbers, k ascending; row k begins at from + at[k] · step
+template <class T> INLINE void weigh(T* __restrict to, const T* __restrict from, const int32_t* at, int64_t step, const T* w, int count, int64_t n) {
+  if (count == 0) { for (int64_t i = 0; i < n; i++) to[i] = 0; return; }
+  auto row = [&](int k) { return from + at[k] * step; };
+  const T *a = row(0), *b = row(count > 1), *c = row(count > 2 ? 2 : 0), *d = row(count > 3 ? 3 : 0);
+  const T u = w[0], v = w[count > 1], x = w[count > 2 ? 2 : 0], y = w[count > 3 ? 3 : 0];
+  if (count == 1) for (int64_t i = 0; i < n; i++) to[i] = u * a[i];
+  else if (count == 2) for (int64_t i = 0; i < n; i++) to[i] = u * a[i] + v * b[i];
+  else if (count == 3) for (int64_t i = 0; i < n; i++) to[i] = u * a[i] + v * b[i] + x * c[i];
+  else for (int64_t i = 0; i < n; i++) to[i] = u * a[i] + v * b[i] + x * c[i] + y * d[i];
+  int k = 4;
+  for (; k + 1 < count; k += 2) { const T *a = row(k), *b = row(k + 1), u = w[k], v = w[k + 1]; for (int64_t i = 0; i < n; i++) to[i] = to[i] + u * a[i] + v * b[i]; }
+  if (k < count) { const T *a = row(k), u = w[k]; for (int64_t i = 0; i < n; i++) to[i] += u * a[i]; }
+}
+
+// to += w · from
+template <class T> INLINE void add(T* __restrict to, const T* __restrict from, T w, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += w * from[i];
 }
 
 }  // namespace ndet

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['reduce_loss', 'full', 'Loss', 'CrossEntropyLoss', 'against', 'BCELoss', 'FocalLoss']
 
-# %% ../../nbs/04_losses/01_classification.ipynb #477e1ab4
+# %% ../../nbs/04_losses/01_classification.ipynb #9a8e5daa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..ops.focal import sigmoid_focal_sum
+from ..ops.library import has_kernel
 
 # %% ../../nbs/04_losses/01_classification.ipynb #reduce-loss
 def reduce_loss(
@@ -82,3 +84,10 @@ class FocalLoss(Loss):
     def elements(self, pred, target):
         z, right = against(pred, target)                                         # [N,K]
         return torch.where(right, self.alpha, 1 - self.alpha) * z.sigmoid().pow(self.gamma) * F.softplus(z)
+
+    def forward(self, pred, target, sample_weight=None, avg_factor=None):
+        fused = not (self.reduction == "none" or target.is_floating_point() or pred.is_cuda or torch.compiler.is_compiling()) and has_kernel("focal_loss")
+        if not fused or sample_weight is not None and (sample_weight.requires_grad or sample_weight.shape not in (pred.shape, target.shape)):
+            return super().forward(pred, target, sample_weight, avg_factor)
+        total = sigmoid_focal_sum(pred, target, sample_weight, self.gamma, self.alpha)
+        return self.weight * reduce_loss(total, None, avg_factor if avg_factor is not None or self.reduction == "sum" else max(pred.numel(), 1), self.reduction)

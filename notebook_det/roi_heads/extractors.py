@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['check_rois', 'to_rois', 'RoIExtractor']
 
-# %% ../../nbs/09_roi_heads/01_extractors.ipynb #243579d0
+# %% ../../nbs/09_roi_heads/01_extractors.ipynb #534414b5
 import torch
 from torch import Tensor, nn
-from ..ops.roi import roi_align
+from ..ops.roi import pyramid_roi_align
 
 # %% ../../nbs/09_roi_heads/01_extractors.ipynb #check-rois
 def check_rois(rois): # [R,5]
@@ -51,9 +51,4 @@ class RoIExtractor(nn.Module):
                )->Tensor:  # [ΣN,C,s,s], in the order of the boxes
         if len(features) < len(self.strides): raise ValueError(f"an extractor with {len(self.strides)} strides got {len(features)} feature maps")
         rois = to_rois(boxes)
-        if len(self.strides) == 1: return self._align(features[0], rois, self.strides[0])
-        level, order = self.level(rois[:, 1:]).sort(stable=True)
-        counts = (level[:, None] == torch.arange(len(self.strides), device=level.device)).sum(0).tolist()   # a GPU is waited for here, once
-        out = torch.cat([self._align(x, r, s) for x,r,s in zip(features, rois[order].split(counts), self.strides)])
-        return out.index_select(0, order.argsort())                                                      # back to the order of the boxes
-    def _align(self, x, rois, stride): return roi_align(x, rois, self.output_size, 1/stride, self.sampling_ratio, self.aligned)
+        return pyramid_roi_align(features[:len(self.strides)], rois, self.level(rois[:, 1:]), self.output_size, [1/s for s in self.strides], self.sampling_ratio, self.aligned)
