@@ -8,8 +8,8 @@ __all__ = ['to_device', 'default_step', 'total_loss', 'seed_everything', 'rng_st
            'validate', 'bare', 'OptimizerStep', 'loss_gradient', 'step_along', 'runner_meta', 'runner_state',
            'load_runner_state', 'load_optimizer']
 
-# %% ../../nbs/12_engine/02_runner.ipynb #0f7d8bec
-import random, time, warnings
+# %% ../../nbs/12_engine/02_runner.ipynb #41337985
+import random, time
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
 from .hooks import Hook, Priority, Timeline, draw_timeline, hook_name, timeline_text
-from ..foundations.progress import where_to_draw
+from ..foundations.progress import note, where_to_draw
 
 # %% ../../nbs/12_engine/02_runner.ipynb #to-device
 def to_device(
@@ -302,8 +302,8 @@ def load_runner_state(runner, state:dict):
     if runner.optimizer is not None: load_optimizer(runner.optimizer, state["optimizer"])
     for name, saved in state["hooks"].items():
         if name in hooks: hooks[name].load_state_dict(saved)
-        elif saved: warnings.warn(f"the saved run had a hook {name} with a state; this run has none of that name")
-    for name in [n for n, h in hooks.items() if n not in state["hooks"] and getattr(h, "remembers", False)]: warnings.warn(f"{name} starts anew: the saved run had no hook of that name")
+        elif saved: note(f"the saved run had a hook {name} with a state; this run has none of that name")
+    for name in [n for n, h in hooks.items() if n not in state["hooks"] and getattr(h, "remembers", False)]: note(f"{name} starts anew: the saved run had no hook of that name")
     runner.at, runner.epoch, runner.iter, runner.resumed = at, at.epoch, at.iter, at.iter
     runner._back = {k: state[k] for k in ("rng", "epoch_rng", "loader")}
 

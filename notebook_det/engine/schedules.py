@@ -6,10 +6,11 @@
 __all__ = ['LENGTHS', 'StepDecay', 'CosineDecay', 'PolyDecay', 'Constant', 'cosine_between', 'OneCycle', 'warmup_factor',
            'Schedule', 'set_momentum', 'lr_curve', 'published']
 
-# %% ../../nbs/12_engine/04_schedules.ipynb #3d1d6ffe
-import math, warnings
+# %% ../../nbs/12_engine/04_schedules.ipynb #ebdc2f82
+import math
 from dataclasses import dataclass
 from .hooks import Hook, Priority
+from ..foundations.progress import note
 
 # %% ../../nbs/12_engine/04_schedules.ipynb #stepdecay
 @dataclass
@@ -106,7 +107,7 @@ class Schedule(Hook):
             if momentum is not None: set_momentum(g, momentum)
     def state_dict(self): return {"schedule": repr(self)}
     def load_state_dict(self, state):
-        if state["schedule"] != repr(self): warnings.warn(f"the saved run had {state['schedule']}, this one goes on with {self!r}")
+        if state["schedule"] != repr(self): note(f"the saved run had {state['schedule']}, this one goes on with {self!r}")
 
 def set_momentum(group, value): # SGD calls it momentum, Adam has it in its betas
     if "betas" in group: group["betas"] = (value, *group["betas"][1:])

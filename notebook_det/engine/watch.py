@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'freeze', 'thaw', 'image_ids', 'not_finite', 'Finding', 'observed', 'diagnose', 'way_back', 'graph',
-           'NonFinite', 'Seen', 'NonFiniteWatch', 'report', 'quietly', 'leave', 'replay', 'Profile', 'section',
-           'profile_text', 'draw_profile']
+           'NonFinite', 'Seen', 'NonFiniteWatch', 'report', 'quietly', 'leave', 'replay', 'Profile', 'begin_profile',
+           'dearest', 'section', 'profile_text', 'draw_profile']
 
 # %% ../../nbs/12_engine/07_watch.ipynb #1a107327
 import time
@@ -240,33 +240,35 @@ class Profile(Hook):
     def before_run(self, runner): self.first = runner.at.iter + self.start
     def before_train_iter(self, runner):
         if self.undo is not None: self.add("data", runner.data_time)
-        if runner.iter == self.first: self.begin(runner)
+        if runner.iter == self.first: begin_profile(self, runner)
     def after_train_iter(self, runner):
         if self.undo is None or runner.iter + 1 < self.first + self.iterations: return
         self.whole = self.clock() - self.begun
         self.end()
-        keys = self.profiler.key_averages()
-        device = runner.device.type == "cuda"
-        cost = lambda k: (k.self_device_time_total if device else k.self_cpu_time_total) / 1e6
-        self.operations = sorted(((k.key, cost(k) / self.iterations, k.count // self.iterations) for k in keys if not k.key.startswith(("section ", "Profiler"))), key=lambda o: -o[1])[:self.rows]
+        self.operations = dearest(self.profiler.key_averages(), runner.device.type == "cuda", self.iterations)[:self.rows]
         _publish(self, runner)
 
-    def begin(self, runner):
-        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (runner.device.type == "cuda")
-        self.clock = lambda: (torch.cuda.synchronize(runner.device) if runner.device.type == "cuda" else None, time.perf_counter())[1]
-        self.undo, self.profiler = ExitStack(), torch.profiler.profile(activities=kinds, acc_events=True)
-        for p in POINTS:
-            for e in runner.timeline.entries[p]:
-                if not isinstance(getattr(e.call, "__self__", None), Profile): _wrap(self, e, "call", e.name)
-        _wrap_context(self, runner)
-        self.profiler.start()
-        self.begun = self.clock()
     def end(self):
         if self.undo is not None: self.profiler.stop(); self.undo.close(); self.undo = None
     def close(self): self.end()
     def add(self, name, seconds): self.seconds[name] = self.seconds.get(name, 0.) + seconds / self.iterations
 
-# %% ../../nbs/12_engine/07_watch.ipynb #section
+# %% ../../nbs/12_engine/07_watch.ipynb #begin-profile
+def begin_profile(profile, runner): # from now on everything is measured
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (runner.device.type == "cuda")
+    profile.clock = lambda: (torch.cuda.synchronize(runner.device) if runner.device.type == "cuda" else None, time.perf_counter())[1]
+    profile.undo, profile.profiler = ExitStack(), torch.profiler.profile(activities=kinds, acc_events=True)
+    for p in POINTS:
+        for e in runner.timeline.entries[p]:
+            if not isinstance(getattr(e.call, "__self__", None), Profile): _wrap(profile, e, "call", e.name)
+    _wrap_context(profile, runner)
+    profile.profiler.start()
+    profile.begun = profile.clock()
+
+def dearest(events, on_gpu, iterations)->list: # (operation, seconds, calls) of one iteration, dearest first
+    cost = lambda e: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6
+    return sorted(((e.key, cost(e) / iterations, e.count // iterations) for e in events if not e.key.startswith(("section ", "Profiler"))), key=lambda o: -o[1])
+
 @contextmanager
 def section(profile, name): # measured, and named in the trace
     start = profile.clock()
