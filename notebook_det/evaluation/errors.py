@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'RIGHT', 'IGNORED', 'VERDICTS', 'DETECTION', 'OBJECT', 'FIXES', 'overlap', 'match_image', 'verdict', 'judge',
            'Errors', 'of_evaluator', 'truth_of', 'ap101', 'mean_ap', 'fixed', 'corrected', 'errors_table', 'draw_costs',
-           'errors_json', 'confusion', 'draw_confusion', 'curve', 'best_score', 'draw_curves']
+           'errors_json', 'confusion', 'draw_confusion', 'curve', 'best_score', 'draw_curves', 'draw_errors']
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #ae4df2c5
 import json
@@ -98,7 +98,8 @@ class Errors:
                  classes,           # names by label
                  image_ids=None,    # what the images are called; 0, 1, 2, … else
                  iou=.5, background=.1, max_detections=100):
-        self.classes, self.iou, self.image_ids = list(classes), iou, list(range(len(truth)) if image_ids is None else image_ids)
+        self.truth, self.found, self.classes, self.iou = truth, found, list(classes), iou
+        self.image_ids = list(range(len(truth)) if image_ids is None else image_ids)
         both = [judge(t, f, iou, background, max_detections, i) for i,(t,f) in enumerate(zip(truth, found, strict=True))]
         self.detections = np.concatenate([d for d,_ in both] or [np.zeros(0, DETECTION)])
         self.objects = np.concatenate([o for _,o in both] or [np.zeros(0, OBJECT)])
@@ -317,3 +318,18 @@ def draw_curves(
         ax.plot(r, p, "o", color=PALETTE[n])
     ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.04)); ax.legend(fontsize=8, loc="lower left")
     return ax
+
+# %% ../../nbs/13_evaluation/04_errors.ipynb #draw-errors
+def draw_errors(
+    errors, # Errors
+):          # matplotlib's figure
+    "What the mistakes cost, the curves, and who is taken for whom."
+    from matplotlib.figure import Figure
+    score, k = best_score(errors)[0], len(errors.classes)
+    wide = 2 + .42*min(k + 1, 21)
+    fig = Figure(figsize=(9 + wide, max(3, 1.4 + .3*min(k + 1, 21))), layout="constrained")
+    axes = fig.subplots(1, 3, width_ratios=[4.8, 4.2, wide])
+    draw_costs(errors, axes[0]); draw_curves(errors, axes[1])
+    draw_confusion(confusion(errors.truth, errors.found, k, score if score == score else .3), errors.classes, axes[2])
+    axes[2].set_title("nothing found" if score != score else f"scores from {score:.2f} on", fontsize=10)
+    return fig
