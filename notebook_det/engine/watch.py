@@ -7,8 +7,8 @@ __all__ = ['KNOWN', 'freeze', 'thaw', 'image_ids', 'not_finite', 'Finding', 'obs
            'NonFinite', 'Seen', 'NonFiniteWatch', 'report', 'quietly', 'leave', 'replay', 'Profile', 'begin_profile',
            'dearest', 'section', 'profile_text', 'draw_profile']
 
-# %% ../../nbs/12_engine/07_watch.ipynb #1a107327
-import time
+# %% ../../nbs/12_engine/07_watch.ipynb #3a6fe157
+import math, time
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
