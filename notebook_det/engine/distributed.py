@@ -176,7 +176,7 @@ class Together:
         with suppress(Exception): return self.store.add("last words", 1) == 1
         return True
     def farewell(self, error)->str:
-        told = "told to stop" if isinstance(error, ToldToStop) else "another process is gone or does not answer; torchrun names it under “Root Cause”"
+        told = "told to stop" if isinstance(error, ToldToStop) else "another process is gone or does not answer; torchrun names it in its report"
         if self.runner is None: return f"process {self.rank} of {self.world}: {told}"
         try: kept = f"the last good state is {latest(self.runner.folder)}" if self.runner.folder else "nothing was to be kept"
         except CheckpointError: kept = "no checkpoint had been written yet"
