@@ -103,6 +103,7 @@ def observed(model):
         for name, m in list(model.named_modules())[1:]: stack.callback(m.register_forward_hook(look(name), with_kwargs=True).remove)
         yield out
 
+# %% ../../nbs/12_engine/07_watch.ipynb #diagnose
 def diagnose(
     runner,
     batch,     # on the runner's device
@@ -121,6 +122,7 @@ def diagnose(
     model.load_state_dict(before)
     return out
 
+# %% ../../nbs/12_engine/07_watch.ipynb #way-back
 def way_back(model, losses, again, out): # fills in what is not finite among the gradients
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     for k, loss in losses.items():
@@ -265,6 +267,7 @@ def begin_profile(profile, runner): # from now on everything is measured
     profile.profiler.start()
     profile.begun = profile.clock()
 
+# %% ../../nbs/12_engine/07_watch.ipynb #dearest
 def dearest(events, on_gpu, iterations)->list: # (operation, seconds, calls) of one iteration, dearest first
     cost = lambda e: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6
     return sorted(((e.key, cost(e) / iterations, e.count // iterations) for e in events if not e.key.startswith(("section ", "Profiler"))), key=lambda o: -o[1])
