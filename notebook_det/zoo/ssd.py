@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'SHARES', 'PATTERN', 'NAME', 'SMALL', 'ssd_pixels', 'm2det_pixels', 'default_boxes', 'ssd_head', 'ssd',
-           'ssd300', 'ssd512', 'ssdlite', 'scratchdet', 'm2det', 'm2det_vgg', 'm2det_resnet', 'experiment']
+           'ssd300', 'ssd512', 'ssdlite', 'scratchdet', 'm2det', 'm2det_vgg', 'm2det_resnet', 'experiment', 'ssd_data',
+           'small_ssdlite']
 
-# %% ../../nbs/14_zoo/03_ssd.ipynb #69404f66
+# %% ../../nbs/14_zoo/03_ssd.ipynb #dcc7d901
 import re
-from functools import partial
-from torch import nn
 from ..backbones.mobilenet import MobileNetV2
 from ..backbones.resnet import ResNet, RootStem
 from ..backbones.vgg import VGG
+from ..data.augment import MinIoUCrop, PhotoMetricDistortion, expand
 from ..dense_heads.ssd import SSDHead, depthwise_predictor, norm_predictor
 from ..detectors.base import Normalize
 from ..detectors.single_stage import SingleStage
@@ -26,7 +26,7 @@ from ..ops.detections import DetectionRule
 from ..priors.assigners import MaxIoUAssigner
 from ..priors.coders import DeltaXYWH
 from ..priors.default_boxes import DefaultBoxes, box_sizes
-from .parts import Data, Experiment, Schedule, channels, from_scratch, mobilenet_v2, torchvision_pixels
+from .parts import Data, Experiment, Schedule, channels, torchvision_pixels
 
 # %% ../../nbs/14_zoo/03_ssd.ipynb #ssd-pixels
 def ssd_pixels(): # the VGG weights of SSD: red first, no division; maps need no padding
@@ -155,9 +155,13 @@ def experiment(m)->Config: # a match of NAME → Experiment; the name is filled 
     model = ssd(Config(VGG), 20 if voc else 80, size, default_boxes(size, "voc" if voc else "coco"))
     return _experiment(model, size, schedule, "caffe:vgg16")
 
-# %% ../../nbs/14_zoo/03_ssd.ipynb #experiment-2
-def _experiment(model, size, schedule, pretrained=None, data=None): # SSD's pictures: no side ratio is kept
-    return Config(Experiment, model, data or Config(Data, ((size, size),), test_scale=(size, size), keep_ratio=False), schedule, pretrained)
+# %% ../../nbs/14_zoo/03_ssd.ipynb #ssd-data
+def ssd_data(size, p=.5)->Config: # side of the square that pictures become, how often they are shrunk onto a canvas
+    "SSD's pictures: shrunk, cropped, squeezed into a square, mirrored, their colours distorted."
+    return Config(Data, ((size, size),), test_scale=(size, size), keep_ratio=False, before=(Config(expand, p=p), Config(MinIoUCrop)), after=(Config(PhotoMetricDistortion),))
+
+def _experiment(model, size, schedule, pretrained=None, p=.5):
+    return Config(Experiment, model, ssd_data(size, p), schedule, pretrained)
 
 def _scratchdet(depth, size): # epochs count repetitions of the data set: 52 · 5
     epochs, milestones, lr, batch = (260, (170, 230, 250), .05, 400) if size == 300 else (420, (190, 350, 400), .03, 160)
@@ -166,7 +170,10 @@ def _scratchdet(depth, size): # epochs count repetitions of the data set: 52 · 
 def _m2det(net, size): # five epochs of warm-up; the authors' last rates are 1/2, 1/10, 1/100 and 1/1000 of the first
     model = m2det_vgg(size=size) if net == "vgg16" else m2det_resnet(depth=int(net[1:]), size=size)
     schedule = Config(Schedule, 160, (90, 110, 130), .004, 16, weight_decay=5e-4, warmup=5 * 7330, warmup_ratio=1e-6 / .004)
-    return _experiment(model, size, schedule, "caffe:vgg16" if net == "vgg16" else f"torchvision:resnet{net[1:]}")
+    return _experiment(model, size, schedule, "caffe:vgg16" if net == "vgg16" else f"torchvision:resnet{net[1:]}", .6)
 
-# %% ../../nbs/14_zoo/03_ssd.ipynb #0225349c
-SMALL = {}
+# %% ../../nbs/14_zoo/03_ssd.ipynb #small-ssdlite
+def small_ssdlite(): # from scratch, for a laptop
+    return _experiment(ssdlite(), 320, Config(Schedule, 24, (18, 22), .001, 4, weight_decay=.01, warmup=100, max_norm=10., optimizer="adamw"))
+
+SMALL = {"ssdlite_mobilenet": small_ssdlite}
