@@ -293,6 +293,20 @@ def test_the_highest_score_below_the_threshold_is_told(attribute):
     target = lambda i: type("Target", (), {"image_id": i})()
     loader = [(torch.zeros(3, 3, 8, 8), [target(i) for i in range(k, k + 3)]) for k in range(1, 31, 3)]
     model = Weak(attribute).train(); ev = CocoEvaluator(truth)
-    assert evaluate(model, loader, ev)["bbox/AP"] == 0 and getattr(model, attribute) == .05 and model.training
+    assert evaluate(model, iter(loader), ev)["bbox/AP"] == 0 and getattr(model, attribute) == .05 and model.training
     assert any("in 21 images the highest score is 0.03, below the model's threshold 0.05" in s for s in diagnosis(ev))
     ev.reset(); assert not ev.note
+
+
+def test_the_command_line_writes_mistakes_and_speed(tmp_path, capsys, monkeypatch):
+    from notebook_det.data.toy import make_toy
+    from notebook_det.zoo import cli
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv("NDET_QUIET", "1")
+    toy = make_toy(tmp_path/"toy", num_train=4, num_val=3, size=64)
+    cli.call(cli.train, "retinanet_mobilenet", "--size", 64, "--iterations", 1, "--batch", 2, "--train", toy.train, "--images", toy.images, "--out", "run"); capsys.readouterr()
+    cli.call(cli.test, "run", "--ann", toy.val, "--images", toy.images, "--errors", "mistakes", "--speed")
+    said = capsys.readouterr().out
+    assert "boxes" in said and "circle" in said and "AP if there were none" in said and "images/s" in said                    # per class, kinds, speed
+    assert "the highest score is" in said                                                                                   # one step of training finds nothing: by how much?
+    saved = json.loads((tmp_path/"mistakes/boxes.json").read_text()); assert saved["counts"]["missed"] == len(saved["mistakes"]["missed"]) > 0
+    assert (tmp_path/"mistakes/boxes.png").read_bytes()[:4] == b"\x89PNG" and not list(tmp_path.rglob("*.part"))

@@ -8,7 +8,7 @@ __all__ = ['AREAS', 'IOUS', 'quiet', 'index_coco', 'by_kind', 'renumber', 'encod
            'check_kinds', 'no_gc', 'match', 'write_whole', 'per_class', 'table_rows', 'as_text', 'as_html',
            'examples_of', 'diagnosis', 'evaluate', 'pool', 'without_thresholds', 'why_nothing']
 
-# %% ../../nbs/13_evaluation/01_coco.ipynb #5b5a93e8
+# %% ../../nbs/13_evaluation/01_coco.ipynb #608916c9
 import gc, html, io, json
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -357,11 +357,13 @@ def evaluate(
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     if modes: model.eval()
     run = lambda images: call(model, images.to(device, non_blocking=True)) if call else model(images.to(device, non_blocking=True))
-    evaluator.reset()
+    evaluator.reset(); first = []
     try:
-        for images,targets in progress(loader, label="evaluate"): evaluator.update([t.image_id for t in targets], run(images))
+        for images,targets in progress(loader, label="evaluate"):
+            evaluator.update([t.image_id for t in targets], run(images))
+            if sum(map(len, first)) < 20: first.append(images)
         pool(evaluator)
-        if isinstance(evaluator, CocoEvaluator) and modes and not any(len(f["scores"]) for f in evaluator.found.values()): evaluator.note = why_nothing(model, loader, run)
+        if isinstance(evaluator, CocoEvaluator) and modes and first and world() == 1 and not any(len(f["scores"]) for f in evaluator.found.values()): evaluator.note = why_nothing(model, first, run)
     finally:
         for m,was in modes: m.training = was
     return from_first(evaluator.compute)
@@ -384,16 +386,13 @@ def without_thresholds(model):
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #why-nothing
 def why_nothing(
-    model, loader,
-    run,       # images -> detections
-    images=20, # to look at again
+    model,
+    batches, # the first images of the evaluation, to look at again: a loader may give its own only once
+    run,     # images -> detections
 )->str:
     "A sentence with the highest score of all that fell under the threshold; empty for a model without one."
-    seen, best = 0, -1.
     with without_thresholds(model) as thresholds:
         if not thresholds: return ""
-        for batch,_ in loader:
-            for found in run(batch): seen += 1; best = max(best, float(torch.as_tensor(found["scores"]).max()) if len(found["scores"]) else -1.)
-            if seen >= images: break
-    if best < 0: return f"Nothing was detected, and no score came out even with the threshold {max(thresholds):.3g} set to 0 ({seen} images): are the scores numbers?"
-    return f"Nothing was detected: in {seen} images the highest score is {best:.2g}, below the model's threshold {max(thresholds):.3g}. It has to be trained longer, its weights are missing, or the threshold is too high."
+        best = [float(torch.as_tensor(f["scores"]).max()) if len(f["scores"]) else -1. for images in batches for f in run(images)]
+    if max(best) < 0: return f"Nothing was detected, and no score came out even with the threshold {max(thresholds):.3g} set to 0 ({len(best)} images): are the scores numbers?"
+    return f"Nothing was detected: in {len(best)} images the highest score is {max(best):.2g}, below the model's threshold {max(thresholds):.3g}. It has to be trained longer, its weights are missing, or the threshold is too high."

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TEXT', 'SETTINGS', 'spoken', 'sentence', 'call', 'read_recipe', 'read_size', 'Length', 'check', 'rate', 'optimizer',
            'start', 'prepare', 'set_for', 'training_set', 'data_sets', 'present', 'judge_of', 'main_numbers', 'Setup',
-           'Extras', 'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'launch', 'finish', 'test',
-           'predict', 'zoo']
+           'Extras', 'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'launch', 'finish', 'write_errors',
+           'test', 'predict', 'zoo']
 
-# %% ../../nbs/14_zoo/23_cli.ipynb #05a03f89
+# %% ../../nbs/14_zoo/23_cli.ipynb #09a308ec
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -28,7 +28,9 @@ from ..engine.runner import Runner
 from ..engine.average import averaged
 from ..engine.train import standard_hooks
 from ..evaluation.coco import CocoEvaluator, evaluate
+from ..evaluation.errors import draw_errors, of_evaluator
 from ..evaluation.recall import ProposalRecall
+from ..evaluation.speed import measure, speed_text
 from ..foundations.draw import grid
 from ..foundations.progress import note, progress
 from ..foundations.ranks import first_goes_first, is_first, world
@@ -244,10 +246,11 @@ def make_runner(e, model, train_ds, val_ds, length, batch, lr, out, seed, device
                     **({"iterations": length.iterations} if length.iterations else {"epochs": length.epochs or plan.epochs}))
     return runner, judge
 
-# %% ../../nbs/14_zoo/23_cli.ipynb #train
+# %% ../../nbs/14_zoo/23_cli.ipynb #f8928c97
 TEXT = Param("a name that ndet-zoo lists, or a recipe's .json file", str, opt=False, nargs="?", default="faster_rcnn_mobilenet")
 SETTINGS = Param("change the recipe: model.neck.out_channels=64 schedule.weight_decay=0 …", str, nargs="+", action="extend", default=[])
 
+# %% ../../nbs/14_zoo/23_cli.ipynb #train
 @call_parse
 @spoken
 def train(
@@ -322,6 +325,16 @@ def finish(model, judge, ds, out):
     kept = "best.pth, " if (out/"best.pth").exists() else ""
     note(f"in {out}: {latest(out).name}, {kept}log.jsonl, curves.png, detections.png\nnext: ndet-predict {out} PHOTO …")
 
+# %% ../../nbs/14_zoo/23_cli.ipynb #write-errors
+def write_errors(judge, folder):
+    "What kinds of mistakes a detector makes: printed, drawn, and listed one by one."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for kind in judge.kinds:
+        e, path = of_evaluator(judge, kind), Path(folder)/{"bbox": "boxes", "segm": "masks"}[kind]
+        e.save(path.with_suffix(".json"))
+        write_atomic(path.with_suffix(".png"), lambda f, e=e: draw_errors(e).savefig(f, format="png", dpi=90, facecolor="white"))
+        note(e.table() + f"\nmistakes: {path.with_suffix('.png')}, {path.with_suffix('.json')}")
+
 # %% ../../nbs/14_zoo/23_cli.ipynb #test
 @call_parse
 @spoken
@@ -333,6 +346,8 @@ def test(
     recipe:str=None,   # of weights that do not say what they belong to: a name that ndet-zoo lists
     size:str=None,     # fit pictures into longest,shortest side (default: as in training)
     out:str=None,      # also write the detections to this json file
+    errors:str=None,   # also sort the mistakes into kinds: a picture and a list of all, in this folder
+    speed:bool=False,  # also measure images a second and peak memory
     device:str="auto", # cpu, cuda, cuda:1, …
     workers:int=0,     # processes that read pictures
     debug:bool=False,  # show where an error happened
@@ -349,6 +364,8 @@ def test(
     evaluate(model, progress(make_loader(ds, 1, train=False, workers=workers), label="evaluating"), judge, model.normalize.mean.device)
     note(judge.table())
     if out and model.num_classes: judge.save(out); note(f"detections: {out}")
+    if errors and model.num_classes: write_errors(judge, errors)
+    if speed: note(speed_text(measure(model, make_loader(ds, 1, train=False), model.normalize.mean.device)))
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #predict
 @call_parse
