@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'LEFTOVERS', 'WRAPPERS', 'TORCHVISION', 'COCO_IDS', 'CLASS_LAYERS', 'StandIn', 'check_hash', 'refused',
-           'read_file', 'find_state', 'class_names', 'background_last', 'from_v1', 'from_rpn', 'torchvision_name',
-           'from_torchvision_detector', 'from_backbone', 'convert', 'Report', 'some', 'compare', 'of_classes',
-           'count_classes', 'load_checkpoint', 'put', 'judge', 'names_of', 'load_imagenet', 'fetch', 'RoundedAnchors',
-           'torchvision_conventions']
+           'read_file', 'find_state', 'class_names', 'background_last', 'from_v1', 'from_rpn', 'from_old_names',
+           'torchvision_name', 'from_torchvision_detector', 'from_backbone', 'convert', 'Report', 'some', 'compare',
+           'of_classes', 'count_classes', 'load_checkpoint', 'put', 'judge', 'names_of', 'load_imagenet', 'fetch',
+           'RoundedAnchors', 'torchvision_conventions']
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #f20df103
 import hashlib, html, re
@@ -121,6 +121,11 @@ def from_rpn(state:dict, model):
     if f"{here}rpn_conv.weight" not in own or f"{there}rpn_conv.weight" not in state: return None
     return {k.replace(there, here, 1) if k.startswith(there) else k: v for k,v in state.items()}, ""
 
+def from_old_names(state:dict, model):
+    "Layers that were called otherwise in the paper's time: the last ones of FCOS, the offsets of deformable convolutions."
+    new = {re.sub(r"(conv\d)_offset\.", r"\1.conv_offset.", re.sub(r"\bfcos_(cls|reg|centerness)\.", r"conv_\1.", k)): v for k,v in state.items()}
+    return (new, "") if new.keys() != state.keys() else None
+
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #torchvision-name
 TORCHVISION = [(r"backbone\.body\.", "backbone."),
     (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?", r"neck.lateral_convs.\1.conv."), (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?", r"neck.fpn_convs.\1.conv."),
@@ -166,12 +171,12 @@ def from_backbone(state:dict, model):
 def convert(state:dict, model)->tuple: # (state dict, list of sentences)
     "A state dict in our names, whatever dialect it was written in."
     notes = []
-    for dialect in (from_v1, from_torchvision_detector, from_backbone, from_rpn):
+    for dialect in (from_v1, from_torchvision_detector, from_backbone, from_rpn, from_old_names):
         if (found := dialect(state, model)) is not None: state, note = found; notes += [note] * bool(note)
     return state, notes
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #report
-CLASS_LAYERS = ("fc_cls", "fc_reg", "conv_logits", "retina_cls")   # layers whose number of rows depends on the number of classes
+CLASS_LAYERS = ("fc_cls", "fc_reg", "conv_logits", "retina_cls", "conv_cls")   # layers whose number of rows depends on the number of classes
 
 @dataclass(repr=False)
 class Report:
@@ -221,7 +226,7 @@ def count_classes(left_out, ours)->int|None:
     for name,a,b in left_out:
         if "fc_cls" in name: return a[0] - 1
         if "fc_reg" in name and b[0] == 4*ours: return a[0] // 4
-        if "retina_cls" in name or "conv_logits" in name: return a[0] * ours // b[0]
+        if name.split(".")[-2] in ("retina_cls", "conv_cls", "conv_logits"): return a[0] * ours // b[0]
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #load-checkpoint
 def load_checkpoint(
