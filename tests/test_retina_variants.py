@@ -4,7 +4,7 @@ import pytest, torch
 from test_dense import BATCHES, C, K, MAPS, SIZES, STRIDES, NoWaiting, any_number, boxes, features, objects, retina
 from notebook_det.dense_heads.guided import GARPNHead, GARetinaHead, Guide, location_targets
 from notebook_det.foundations.recipes import build
-from notebook_det.foundations.structures import Instances, Trace
+from notebook_det.foundations.structures import Assignment, Instances, Trace
 from notebook_det.losses.classification import BCELoss, FocalLoss
 from notebook_det.losses.ghm import GHMCLoss, GHMRLoss
 from notebook_det.losses.regression import BalancedL1Loss, BoundedIoULoss, SmoothL1Loss
@@ -14,7 +14,7 @@ from notebook_det.ops.detections import ProposalRule
 from notebook_det.priors.anchors import AnchorGenerator
 from notebook_det.priors.assigners import ApproxMaxIoUAssigner, MaxIoUAssigner
 from notebook_det.priors.coders import DeltaXYWH
-from notebook_det.priors.samplers import RandomSampler
+from notebook_det.priors.samplers import BalancedSampler, RandomSampler
 from notebook_det.zoo import recipes as zoo, retina_variants
 
 
@@ -205,6 +205,30 @@ def test_the_balanced_pyramid_is_the_written_rule():
     with pytest.raises(ValueError, match="refine_level 4 does not exist"): BFP(8, 4, 4)
     x = torch.randn(1, 8, 4, 5)
     assert torch.equal(NonLocal(8)(x), x)                                                        # starts as if it were not there
+
+
+# ---- balanced samples (METHODS 3.6)
+
+def test_balanced_samples_follow_the_quotas():
+    g = torch.Generator().manual_seed(0)
+    for trial in range(20):
+        n = int(torch.randint(50, 400, (1,), generator=g))
+        iou = torch.rand(n, generator=g) * .9 * (torch.rand(n, generator=g) > .3)
+        label = torch.where(iou >= .5, 1, 0).to(torch.int8)
+        a = Assignment(torch.where(label == 1, torch.randint(4, (n,), generator=g), 0), label, iou)
+        s = BalancedSampler(64, .25)(a, g)
+        assert not (s.positive & ~a.positive).any() and not (s.negative & ~a.negative).any()
+        pos = min(16, int(a.positive.sum())); room = 64 - pos
+        assert (int(s.positive.sum()), int(s.negative.sum())) == (pos, min(room, int(a.negative.sum())))
+        there = a.gt_index[a.positive].bincount(minlength=4); taken = a.gt_index[s.pos].bincount(minlength=4); quota = round(16 / int((there > 0).sum())) + 1
+        if int(a.positive.sum()) > 16: assert all(t <= max(quota, 16 - sum(min(quota, int(x)) for x in there) + quota) for t in taken.tolist())
+        width, hard = float(iou.max()) / 3, a.negative & (iou > 0)
+        if int(hard.sum()) > room:
+            assert (iou[s.neg] > 0).all()
+            for b in range(3):
+                inside = hard & ((iou / width).long().clamp(max=2) == b)
+                assert int((s.negative & inside).sum()) >= min(room // 3, int(inside.sum()))
+    assert torch.equal(BalancedSampler(64, .25)(a, torch.Generator().manual_seed(3)).index, BalancedSampler(64, .25)(a, torch.Generator().manual_seed(3)).index)
 
 
 # ---- in two stages
