@@ -157,6 +157,16 @@ def test_errors_have_the_same_ap_as_pycocotools():
 
 
 
+def test_errors_agree_with_tide():
+    "Counts and prices as tidecv 1.0.1 gave them for this scene (its grid of recalls differs from COCO's in the last digit: hundredths of a point)."
+    truth, found = scene(200, crowds=0, seed=3)
+    found = {i: {**f, "scores": f["scores"] + np.random.default_rng(len(f["scores"])).random(len(f["scores"]))*1e-3 + i*1e-7} for i, f in found.items()}     # no ties
+    e = of_evaluator(judged(truth, found))
+    assert e.counts() == {"class": 514, "location": 352, "both": 234, "duplicate": 1212, "background": 1846, "missed": 67}
+    theirs = {"class": 10.486, "location": 6.421751, "both": 1.056472, "duplicate": 7.243855, "background": 2.040554, "missed": 3.158775, "false alarms": 41.63718, "not found": 7.429174}
+    assert 100*e.ap() == pytest.approx(43.387573, abs=.01) and {k: 100*v for k, v in e.costs().items()} == pytest.approx(theirs, abs=.01)
+
+
 def test_errors_of_masks():
     truth, found = scene(12, masks=True); ev = judged(truth, found, kinds=("bbox", "segm"), fast=False)
     e = of_evaluator(ev, "segm"); assert e.ap() == pytest.approx(ev.compute()["segm/AP50"], abs=1e-12)
