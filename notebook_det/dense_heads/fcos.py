@@ -43,8 +43,7 @@ class FCOSHead(AnchorHead):
                  coder,                   # Distances
                  assigner,                # PointAssigner
                  loss_cls, loss_bbox, loss_centerness,
-                 in_channels=256,         # of every level
-                 feat_channels=256,       # of the towers
+                 in_channels=256, feat_channels=256, # of every level, and of the towers
                  stacked_convs=4,         # depth of each tower
                  norm=group_norm,         # factory: normalisation in the towers
                  conv_bias="auto",        # of the towers; "auto": where no normalisation follows
@@ -55,8 +54,8 @@ class FCOSHead(AnchorHead):
                  prior_prob=.01):         # every point starts out this sure of an object
         super().__init__(num_classes, points, coder, assigner, loss_cls, loss_bbox)
         self.loss_centerness, self.linear, self.centerness_on_reg, self.rule = loss_centerness, linear, centerness_on_reg, replace(rule)
-        tower = lambda: nn.ModuleList([ConvNormAct(in_channels if i == 0 else feat_channels, feat_channels, 3, padding=1, bias=conv_bias, norm=norm,
-                                                   conv=last_conv if i == stacked_convs - 1 else nn.Conv2d) for i in range(stacked_convs)])
+        tower = lambda: nn.Sequential(*(ConvNormAct(in_channels if i == 0 else feat_channels, feat_channels, 3, padding=1, bias=conv_bias, norm=norm,
+                                                    conv=last_conv if i == stacked_convs - 1 else nn.Conv2d) for i in range(stacked_convs)))
         self.cls_convs, self.reg_convs, last = tower(), tower(), feat_channels if stacked_convs else in_channels
         for name,c in dict(cls=num_classes, reg=4, centerness=1).items(): self.add_module(f"conv_{name}", nn.Conv2d(last, c, 3, padding=1))
         self.scales = nn.ModuleList(Scale() for _ in points.strides)
@@ -66,9 +65,7 @@ class FCOSHead(AnchorHead):
     def forward(self, features): # [B,C,H,W] per level → raw maps per level: cls [B,K,H,W], box [B,4,H,W] distances, centerness [B,1,H,W]
         raw = dict(cls=[], box=[], centerness=[])
         for x,scale in zip(features, self.scales, strict=True):
-            c = r = x
-            for conv in self.cls_convs: c = conv(c)
-            for conv in self.reg_convs: r = conv(r)
+            c, r = self.cls_convs(x), self.reg_convs(x)
             d = scale(full(self.conv_reg(r)))
             raw["cls"].append(self.conv_cls(c)); raw["box"].append(F.relu(d) if self.linear else d.exp())
             raw["centerness"].append(self.conv_centerness(r if self.centerness_on_reg else c))
