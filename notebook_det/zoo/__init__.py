@@ -4,6 +4,7 @@ from importlib import import_module
 _HOME = {"recipes": "recipe names table laptop resnet mobilenet_v2 fpn rpn_head rpn retinanet faster_rcnn mask_rcnn faster_rcnn_c4 faster_rcnn_dc5 "
                     "torchvision_pixels caffe_pixels d2_pixels tf_pixels set_classes from_scratch train_transform test_transform "
                     "Data Schedule Experiment NotYet",
+         "anchor_free": "fcos fsaf",
          "checkpoints": "load_checkpoint load_imagenet torchvision_conventions Report",
          "predict": "load predict_folder"}
 _NAMES = {name: module for module, names in _HOME.items() for name in names.split()}
