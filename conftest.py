@@ -83,18 +83,29 @@ class NotebookError(Exception): pass
 class TooSlow(BaseException): pass   # no `except Exception` in a notebook may swallow it
 
 
+def registered():
+    "What the package's operators point to: a notebook defines them anew, with functions that end with its kernel."
+    import importlib, pkgutil
+    for room in ("ops", "priors"):   # all of them must be there first, or what a notebook defines would be the first entry
+        for m in pkgutil.iter_modules(importlib.import_module(f"notebook_det.{room}").__path__): importlib.import_module(f"notebook_det.{room}.{m.name}")
+    from notebook_det.ops import library
+    return library.REFERENCES, library.FAKES, library.GRADIENTS
+
+
 class unchanged:
     "What one notebook sets must not be there for the next one: directory, paths, seeds, threads, plot settings."
     def __enter__(self):
         import matplotlib, numpy, torch
         self.old, self.plots = (os.getcwd(), list(sys.path), dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()), matplotlib.rc_context()
         self.plots.__enter__()
+        self.operators = [(d, dict(d)) for d in registered()]
         random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
 
     def __exit__(self, *_):
         import matplotlib.pyplot as plt, torch
         plt.close("all"); self.plots.__exit__(None, None, None)
         cwd, path, env, threads, dtype = self.old
+        for d, entries in self.operators: d.clear(); d.update(entries)
         os.chdir(cwd); sys.path[:] = path
         os.environ.clear(); os.environ.update(env)
         torch.set_num_threads(threads); torch.set_default_dtype(dtype); torch.set_grad_enabled(True)

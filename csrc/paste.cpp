@@ -69,7 +69,7 @@ struct Pasted {
     if (y.at[r] < -1 || x.at[c] < -1) return 0.f >= p.threshold;
     const int i = y.below[r], k = x.below[c];
     const float e = x.low[c], w = x.high[c], s = y.low[r], n = y.high[r];
-    return fused(cell(i + 1, k + 1), w * n, fused(cell(i + 1, k), e * n, fused(cell(i, k), e * s, cell(i, k + 1) * (w * s)))) >= p.threshold;
+    return fused(cell(i + 1, k + 1), w * n, fused(cell(i + 1, k), e * n, fused(cell(i, k + 1), w * s, cell(i, k) * (e * s)))) >= p.threshold;
   }
 };
 
@@ -80,15 +80,18 @@ struct Line {
     const Axis &along = row ? m.x : m.y, &across = row ? m.y : m.x;
     const int cells = int(row ? m.p.w : m.p.h), cut = int(row ? m.p.h : m.p.w), n = along.end - along.first, k = across.below[i];
     const int64_t step = row ? 1 : m.p.w, other = row ? m.p.w : 1;
-    const float lo = k >= 0 && k < cut ? across.low[i] : 0.f, hi = k + 1 < cut ? across.high[i] : 0.f;
-    const float *a = m.mask + std::max(0, std::min(k, cut - 1)) * other, *b = m.mask + std::min(k + 1, cut - 1) * other;
+    const bool first = k >= 0 && k < cut, second = k + 1 >= 0 && k + 1 < cut;   // a cell outside is 0, whatever its neighbours hold
+    const float lo = across.low[i], hi = across.high[i], *a = m.mask + (first ? k : 0) * other, *b = m.mask + (second ? k + 1 : 0) * other;
     float* line = m.line.data() + 1;
     line[-1] = line[cells] = line[cells + 1] = 0;
     float most = 0;
-    for (int c = 0; c < cells; c++) line[c] = lo * a[c * step] + hi * b[c * step];
+    if (first && second)
+      for (int c = 0; c < cells; c++) line[c] = lo * a[c * step] + hi * b[c * step];
+    else
+      for (int c = 0; c < cells; c++) line[c] = first ? lo * a[c * step] : second ? hi * b[c * step] : 0.f;
     for (int c = 0; c < cells; c++) most = upper(line[c], most);
     const float t = m.p.threshold, margin = m.margin;
-    *any = !(most < t - margin);                   // also where it is not a number
+    *any = !(most < t - margin);
     if (!*any) return;
     const int32_t* below = along.below.data();
     const float *low = along.low.data(), *high = along.high.data();
