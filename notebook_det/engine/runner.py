@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
-from .hooks import Hook, Priority, Timeline, draw_timeline, hook_name, timeline_text
+from .hooks import Hook, Priority, Timeline, draw_timeline, timeline_text
 from ..foundations.progress import note, where_to_draw
 
 # %% ../../nbs/12_engine/02_runner.ipynb #to-device
