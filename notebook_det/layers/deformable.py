@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DeformConv', 'DeformConv2d']
 
-# %% ../../nbs/05_layers/03_deformable.ipynb #cebc7d7d
+# %% ../../nbs/05_layers/03_deformable.ipynb #d7a6a64f
 import math
 import torch
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
+from ..ops.deform_conv import deform_conv2d
 
 # %% ../../nbs/05_layers/03_deformable.ipynb #deformconv
 class DeformConv(nn.Module):
