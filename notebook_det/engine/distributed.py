@@ -6,8 +6,8 @@
 __all__ = ['launched', 'restarts', 'own_device', 'join', 'InStep', 'check_loader', 'share_waiting', 'SharedLosses', 'distribute',
            'is_loss_of_others', 'ToldToStop', 'Together']
 
-# %% ../../nbs/12_engine/11_distributed.ipynb #c8f9c80b
-import inspect, os, signal, threading, warnings
+# %% ../../nbs/12_engine/11_distributed.ipynb #112bdbdc
+import inspect, os, signal, sys, threading, warnings
 from contextlib import suppress
 from datetime import timedelta
 import torch, torch.distributed as dist
@@ -169,9 +169,11 @@ class Together:
         if self.before is not None: signal.signal(signal.SIGTERM, self.before if error is None else signal.SIG_IGN)    # one that fails is leaving already
         if error is None: return False
         if not isinstance(error, Exception): return False      # Ctrl-C, sys.exit
-        if not self.speaks(): raise SystemExit(1) from None
-        if is_loss_of_others(error): raise SystemExit(self.farewell(error)) from None
-        return False
+        first = self.speaks()
+        if first and not is_loss_of_others(error): return False
+        if first: print(self.farewell(error), file=sys.stderr, flush=True)
+        if self.before is not None: signal.signal(signal.SIGTERM, signal.SIG_DFL)    # all is said: whoever wants to hurry us may
+        raise SystemExit(1) from None
     def speaks(self)->bool: # nobody else has said anything yet
         with suppress(Exception): return self.store.add("last words", 1) == 1
         return True
