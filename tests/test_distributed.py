@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun")
 FAST = {"OMP_NUM_THREADS": "1", "NDET_QUIET": "1"}
 
 
-def torchrun(*argv, n=2, flags=(), timeout=180):
+def torchrun(*argv, n=2, flags=(), timeout=600):
     head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *flags]
     return subprocess.run([*head, *map(str, argv)], capture_output=True, text=True, env={**os.environ, **FAST}, timeout=timeout)
 
@@ -153,7 +153,7 @@ def refused_loader(us): # made for one process, in two
 
 
 if __name__ == "__main__":
-    with Together("cpu", timeout=120) as us: globals()[f"job_{sys.argv[1]}"](us, Path(sys.argv[2]))
+    with Together("cpu", timeout=300) as us: globals()[f"job_{sys.argv[1]}"](us, Path(sys.argv[2]))
 
 
 # ---------------------------------------------------------------- tests
@@ -231,7 +231,7 @@ def test_only_the_first_to_fail_speaks(tmp_path, job, sentence):
 def test_ndet_train_under_torchrun(tmp_path):
     toy_set(tmp_path/"toy")
     toy = make_toy(tmp_path/"toy", num_train=10, num_val=5, size=64)
-    r = torchrun("ndet-train", "retinanet_mobilenet", "--train", toy.train, "--val", toy.val, "--images", toy.images, "--iterations", 2, "--size", 64, "--batch", 1, "--device", "cpu", "--init", "none", "--out", tmp_path/"run", flags=["--no-python"])
+    r = torchrun(Path(sys.executable).with_name("ndet-train"), "retinanet_mobilenet", "--train", toy.train, "--val", toy.val, "--images", toy.images, "--iterations", 2, "--size", 64, "--batch", 1, "--device", "cpu", "--init", "none", "--out", tmp_path/"run", flags=["--no-python"])
     assert r.returncode == 0, r.stderr[-3000:]
     assert "2 iterations on cpu in each of 2 processes" in r.stdout and "0.0005 = 0.001 × 2 / 4" in r.stdout and r.stdout.count("iter 2/2  loss") == 1
     modes = [json.loads(l)["mode"] for l in (tmp_path/"run"/"log.jsonl").read_text().splitlines()]

@@ -82,8 +82,7 @@ class Detector(nn.Module):
     def __init__(self, backbone, neck=None, normalize=None, test_scale=(1333, 800), classes=None):
         super().__init__()
         self.backbone, self.neck = backbone, neck
-        self.normalize = normalize or Normalize()
-        self.test_scale = test_scale         # `predict` fits pictures into (longest, shortest) side; with keep_ratio False: exactly (width, height)
+        self.normalize, self.test_scale = normalize or Normalize(), test_scale # `predict` fits pictures into (longest, shortest) side; with keep_ratio False: exactly (width, height)
         self.classes = classes               # names, if known
         if classes is not None and self.num_classes is not None and len(classes) != self.num_classes:
             raise ValueError(f"{len(classes)} class names for a detector of {self.num_classes} classes")

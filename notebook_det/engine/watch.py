@@ -241,8 +241,8 @@ class Profile(Hook):
         self.seconds, self.operations, self.first, self.profiler, self.undo, self.whole = {}, [], None, None, None, 0.
     def before_run(self, runner): self.first = runner.at.iter + self.start
     def before_train_iter(self, runner):
-        if self.undo is not None: self.add("data", runner.data_time)
         if runner.iter == self.first: begin_profile(self, runner)
+        if self.undo is not None: self.add("data", runner.data_time)
     def after_train_iter(self, runner):
         if self.undo is None or runner.iter + 1 < self.first + self.iterations: return
         self.whole = self.clock() - self.begun
@@ -265,7 +265,7 @@ def begin_profile(profile, runner): # from now on everything is measured
             if not isinstance(getattr(e.call, "__self__", None), Profile): _wrap(profile, e, "call", e.name)
     _wrap_context(profile, runner)
     profile.profiler.start()
-    profile.begun = profile.clock()
+    profile.begun = profile.clock() - runner.data_time      # the first batch has been waited for
 
 # %% ../../nbs/12_engine/07_watch.ipynb #dearest
 def dearest(events, on_gpu, iterations)->list: # (operation, seconds, calls) of one iteration, dearest first
