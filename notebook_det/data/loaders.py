@@ -9,7 +9,9 @@ __all__ = ['aspect_groups', 'draw', 'grouped_batches', 'mix', 'seeded', 'with_se
 # %% ../../nbs/11_data/04_loaders.ipynb #b04c137b
 import random, signal
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import wait
 import numpy as np, torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..foundations import ranks
@@ -201,9 +203,10 @@ class Loader(DataLoader):
         it = iter(batches)
         while True:
             try: batch = next(it, None)
-            except RuntimeError as e:
-                if "DataLoader worker (pid" not in str(e): raise
-                raise RuntimeError(obituary(getattr(it, "_workers", ()), self.dataset) or str(e)) from None
+            except (RuntimeError, ConnectionError, EOFError) as e:     # it may also die while it hands something over
+                said = obituary(getattr(it, "_workers", ()), self.dataset)
+                if not said and "DataLoader worker (pid" not in str(e): raise
+                raise RuntimeError(said or str(e)) from None
             if batch is None: return
             yield batch.open() if isinstance(batch, Parcel) else batch
     def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)
@@ -216,6 +219,7 @@ def obituary(
     dataset, # Seeded
 )->str: # one sentence; empty where all are alive
     "Who died, of what, with which picture in hand."
+    with suppress(RuntimeError): wait([w.sentinel for w in workers], timeout=1 if workers else 0)  # the dying may take a moment; torch's alarm rings meanwhile
     for k,w in enumerate(workers):
         if not w.exitcode: continue
         how = f"was killed ({signal.Signals(-w.exitcode).name})" if w.exitcode < 0 else f"ended with status {w.exitcode}"
