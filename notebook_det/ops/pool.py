@@ -115,7 +115,7 @@ def _deform_pool(features, rois, offset, height, width, scale, sampling_ratio, g
 # %% ../../nbs/02_ops/10_pool.ipynb #deform-pool-backward
 def _deform_pool_backward(grad, features, rois, offset, *rest):
     leaves = [t.detach().requires_grad_() for t in (features, offset) if t is not None]
-    with torch.enable_grad(): out = _deform_pool(leaves[0], rois, leaves[1] if offset is not None else None, *rest)
+    with torch.enable_grad(): out = _deform_pool(leaves[0], rois, leaves[1] if offset is not None else None, *rest) + leaves[0].flatten()[:0].sum()  # part of the graph even where every RoI is empty
     df, do = (*torch.autograd.grad(out, leaves, grad, allow_unused=True), None)[:2]
     do = features.new_zeros((0, 2, *grad.shape[1:3])) if offset is None else torch.zeros_like(offset) if do is None else do.contiguous()
     return torch.empty_like(features, memory_format=torch.channels_last).copy_(df), do
