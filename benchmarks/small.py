@@ -208,7 +208,7 @@ def train(model, batches, m, every=20):
     times, seen, curve, begin, crc = [], [], [], time.perf_counter(), 0
     model.train()
     for i,batch in zip(range(1, m.iterations + 1), endless(batches)):
-        crc = zlib.crc32(batch[0].tensor.numpy(), crc)
+        crc = zlib.crc32(batch[0].tensor.contiguous().numpy(), crc)
         losses, t = timed(step, model, batch, sgd, m.clip)
         if not losses["loss"] < 1e4: raise FloatingPointError(f"iteration {i}: the loss is {losses['loss']}; try a smaller --lr")
         times.append(t); seen.append(losses)
