@@ -1,7 +1,7 @@
 # Everything starts here. The first `make quickstart` or `make test` makes .venv, installs exact versions and builds the operators; later ones reuse them.
 #   make quickstart                 train, evaluate and look at a detector (needs Python 3.10 or newer and, for speed, a C++ compiler)
 #   make test                       every notebook and every test
-#   make test PYTHON=python3.12     with another Python;  VENV=/path: in another place;  ARGS="-k nms": only some
+#   make test PYTHON=python3.12     with another Python;  VENV=/path: in another place;  ARGS="-k nms": only some;  ARGS="-n 0": one process
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lab export readme site bench prepare clean
 SHELL := /bin/bash
@@ -46,7 +46,7 @@ quickstart: $(VENV)/.package
 	@$(PY) tools/book.py quickstart
 
 test: $(VENV)/.package $(VENV)/.ci
-	@PYTHONHASHSEED=0 $(PY) -m pytest $(ARGS)
+	@PYTHONHASHSEED=0 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 lab: $(VENV)/.package $(VENV)/.ci
 	@cd nbs && env -u MPLBACKEND $(abspath $(PY)) -m jupyterlab $$([ "$$(id -u)" != 0 ] || echo --allow-root) index.ipynb

@@ -1,14 +1,13 @@
-"""pytest glue: nbs/**/*.ipynb are tests (the same cells as `nbdev_test` runs), all in this process, so that torch is imported once.
+"""pytest glue: nbs/**/*.ipynb are tests (the same cells as `nbdev_test` runs), in the processes of pytest, so that torch is imported once in each.
 
 Options: --nbflags "slow gpu" runs cells that bear these flags; --nblimit 240 is the time limit of a notebook in seconds."""
-import atexit, os, random, signal, sys, threading, time
+import atexit, os, random, signal, sys, threading
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
 if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 BOOK_SECONDS = 60      # what a notebook may take; the limit is wider, since machines differ
-TOOK = {}              # notebook → seconds
 
 
 def cores():
@@ -30,7 +29,14 @@ def pytest_configure(config):
     "More threads than cores make torch crawl; more than four gain nothing on pictures of this size."
     os.environ.setdefault("MPLBACKEND", "agg")
     os.environ.setdefault("NDET_QUIET", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, cores())))
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, cores()//beside))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    "Processes of `-n auto`: each imports torch and wants some 2 GB."
+    return min(4, cores())
 
 
 def pytest_collect_file(file_path, parent):
@@ -49,9 +55,7 @@ class NotebookItem(pytest.Item):
         self.add_marker("notebook")
 
     def runtest(self):
-        start = time.time()
         with unchanged(), limit(self.config.getoption("nblimit")): ok = self.execute()
-        TOOK[self.nodeid] = time.time() - start
         if not ok: raise NotebookError(self.name)
 
     def execute(self):
@@ -123,6 +127,7 @@ class limit:
 
 
 def pytest_terminal_summary(terminalreporter):
-    slow = sorted((s, n) for n, s in TOOK.items() if s > BOOK_SECONDS)
-    if TOOK: terminalreporter.write_line(f"{len(TOOK)} notebooks in {sum(TOOK.values()):.0f} s on {os.environ.get('OMP_NUM_THREADS')} threads"
-                                         + ("" if not slow else f"; over the book's {BOOK_SECONDS} s: " + ", ".join(f"{n.split('::')[0]} {s:.0f} s" for s, n in slow[::-1])))
+    took = {r.nodeid.split("::")[0]: r.duration for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call" and ".ipynb" in r.nodeid}
+    slow = sorted(((s, n) for n, s in took.items() if s > BOOK_SECONDS), reverse=True)
+    if took: terminalreporter.write_line(f"{len(took)} notebooks in {sum(took.values()):.0f} s of {os.environ.get('OMP_NUM_THREADS')} threads"
+                                         + ("" if not slow else f"; over the book's {BOOK_SECONDS} s: " + ", ".join(f"{n} {s:.0f} s" for s, n in slow)))
