@@ -27,8 +27,8 @@ class Block(nn.Module):
         self.add_module(f"conv{i}", init_weights(conv, kaiming))
         self.add_module(self.norm_names[-1], norm)
 
-    def step(self, i, x): # convolution i, norm, ReLU (behind all but the last), plugins
-        x = getattr(self, self.norm_names[i-1])(getattr(self, f"conv{i}")(x))
+    def step(self, i, x, *how): # convolution i (`how`: what it takes besides x), norm, ReLU (behind all but the last), plugins
+        x = getattr(self, self.norm_names[i-1])(getattr(self, f"conv{i}")(x, *how))
         if i < len(self.norm_names): x = self.relu(x)
         for after, name in self.plugged:
             if after == i: x = getattr(self, name)(x)
@@ -103,11 +103,12 @@ def make_stage(
     plugins=(),   # those of all stages
     zero_init_residual:bool=True, # blocks start as identities
     planes:int=64, # of the first stage
+    block=None,    # another class of block than the depth's own
     **options,    # dilation, groups, base_width, style, norm, conv, conv2 of each block
 )->nn.Sequential:
     "The residual blocks from one stride to the next."
     if depth not in DEPTHS: raise ValueError(f"there is no ResNet-{depth}: choose from {sorted(DEPTHS)}")
-    make, counts = DEPTHS[depth]
+    make, counts = block or DEPTHS[depth][0], DEPTHS[depth][1]
     first, planes, mine = planes, planes * 2**stage, [p for p in plugins if stage in p.stages]
     inside = planes * make.expansion
     blocks = [make(first if stage == 0 else inside // 2, planes, stride, plugins=mine, **options)]
@@ -148,17 +149,18 @@ class ResNet(KeepsFrozen):
                  norm_grad:bool=True,             # scale and shift of the norms learn
                  norm=batch_norm, conv=nn.Conv2d, # factories
                  conv2=(None,)*4,                 # per stage: another factory for the second convolution of its blocks
+                 block=(None,)*4,                 # per stage: another class of block, of the same expansion
                  plugins=(),                      # Plugin …
                  zero_init_residual:bool=True,    # blocks start as identities
                  planes:int=64,                   # channels of the stem and inside the first stage; each later stage has twice as many
                  stem=None):                      # factory: norm, conv, planes → what comes before the stages, with a `stride`; None: 7×7 and pooling
         super().__init__()
-        _check(num_stages, dict(strides=strides, dilations=dilations, conv2=conv2), out_indices, style, frozen_stages)
+        _check(num_stages, dict(strides=strides, dilations=dilations, conv2=conv2, block=block), out_indices, style, frozen_stages)
         options = dict(groups=groups, base_width=base_width, style=style, norm=norm, conv=conv)
         self.steps = add_stem(self, stem, norm, conv, planes)
         self.stages = [f"layer{i+1}" for i in range(num_stages)]
         for i, name in enumerate(self.stages):
-            self.add_module(name, make_stage(depth, i, strides[i], plugins, zero_init_residual, planes, dilation=dilations[i], conv2=conv2[i], **options))
+            self.add_module(name, make_stage(depth, i, strides[i], plugins, zero_init_residual, planes, block[i], dilation=dilations[i], conv2=conv2[i], **options))
         self.out_indices = tuple(sorted(out_indices))
         self.channels = tuple(planes * 2**i * DEPTHS[depth][0].expansion for i in self.out_indices)
         self.strides = tuple((4 if stem is None else self.stem.stride) * math.prod(strides[:i+1]) for i in self.out_indices)
@@ -191,12 +193,13 @@ class ResLayer(KeepsFrozen):
                  stride:int=2, dilation:int=1, groups:int=1, base_width:int=64, style:str="pytorch",
                  norm_eval:bool=True,      # batch norms use their running statistics while training
                  norm_grad:bool=True,      # scale and shift of the norms learn
-                 norm=batch_norm, conv=nn.Conv2d, conv2=None, plugins=(), zero_init_residual:bool=True):
+                 norm=batch_norm, conv=nn.Conv2d, conv2=None, plugins=(), zero_init_residual:bool=True,
+                 planes:int=64):           # of the backbone's first stage
         super().__init__()
         self.name = f"layer{stage+1}"
-        self.add_module(self.name, make_stage(depth, stage, stride, plugins, zero_init_residual, dilation=dilation, groups=groups,
+        self.add_module(self.name, make_stage(depth, stage, stride, plugins, zero_init_residual, planes, dilation=dilation, groups=groups,
                                               base_width=base_width, style=style, norm=norm, conv=conv, conv2=conv2))
-        self.channels = 64 * 2**stage * DEPTHS[depth][0].expansion
+        self.channels = planes * 2**stage * DEPTHS[depth][0].expansion
         self.norm_eval, self.norm_grad = norm_eval, norm_grad
         self.train()
 
