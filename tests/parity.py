@@ -108,6 +108,8 @@ def run(name, case, inputs):
     truth = [Instances(torch.from_numpy(t["boxes"]), torch.from_numpy(t["labels"]), masks=torch.from_numpy(t["masks"]).bool())
              for t in inputs.truth(seed["seed"], seed["n"], *size, case["num_classes"])]
     with torch.no_grad(): feature = compare_features(model.eval(), images.tensor, case, inputs)
+    if {"losses", "predict"} <= set(case["case"].get("skip", ())):     # deformable RoI pooling: the reference has no CPU code for it
+        return feature <= 1e-4, f"features {'agree' if feature <= 1e-4 else 'DIFFER'} ({feature:.1e}), names, shapes and what learns agree; there is nothing else in this case"
     model.train()
     losses = model(images, truth)
     total = sum(losses.values())

@@ -5,7 +5,8 @@ import pytest
 import parity
 
 FOLDER = Path(__file__).parents[2]/"shared/parity"
-CASES = ("ghm_retinanet_r50_fpn", "ga_retinanet_r50_caffe", "ga_rpn_r50_caffe", "ga_faster_rcnn_r50_caffe", "libra_retinanet_r50",
+CASES = ("dcn_faster_rcnn_r50", "dcnv2_faster_rcnn_r50", "dcnv2_group4_faster_rcnn_r50", "dcn_dpool_faster_rcnn_r50", "dcnv2_mdpool_faster_rcnn_r50",
+         "ghm_retinanet_r50_fpn", "ga_retinanet_r50_caffe", "ga_rpn_r50_caffe", "ga_faster_rcnn_r50_caffe", "libra_retinanet_r50",
          "ssd300_vgg16", "ssd512_vgg16", "fcos_r50_caffe_fpn_gn", "fcos_center_normbbox_giou", "fsaf_r50_fpn", "rpn_r50_fpn", "retinanet_r50_fpn", "retinanet_r18_fpn", "faster_rcnn_r50_fpn", "faster_rcnn_x101_32x4d_fpn", "faster_rcnn_r50_caffe_c4",
          "faster_rcnn_r50_caffe_dc5", "mask_rcnn_r50_fpn", "mask_rcnn_r50_caffe_fpn", "mask_rcnn_r50_caffe_c4",
          "faster_rcnn_iou", "faster_rcnn_giou", "faster_rcnn_bounded_iou")

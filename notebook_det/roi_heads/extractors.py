@@ -51,4 +51,7 @@ class RoIExtractor(nn.Module):
                )->Tensor:  # [ΣN,C,s,s], in the order of the boxes
         if len(features) < len(self.strides): raise ValueError(f"an extractor with {len(self.strides)} strides got {len(features)} feature maps")
         rois = to_rois(boxes)
-        return pyramid_roi_align(features[:len(self.strides)], rois, self.level(rois[:, 1:]), self.output_size, [1/s for s in self.strides], self.sampling_ratio, self.aligned)
+        return self.read(features[:len(self.strides)], rois, self.level(rois[:, 1:]))
+
+    def read(self, features, rois, level): # one map per stride, [R,5], [R] → [R,C,s,s]
+        return pyramid_roi_align(features, rois, level, self.output_size, [1/s for s in self.strides], self.sampling_ratio, self.aligned)
