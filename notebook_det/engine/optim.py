@@ -16,13 +16,14 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 def named_kinds(model:nn.Module):
     "Each trainable parameter once: (name, parameter, 'offset' | 'norm' | 'bias' | 'depthwise' | 'weight')."
     seen = set()
+    offsets = {id(m.conv_offset) for m in model.modules() if hasattr(m, "conv_offset") and isinstance(getattr(m, "weight", None), nn.Parameter)}
     for prefix, m in model.named_modules():
-        for name, p in m.named_parameters(prefix, recurse=False):
+        for name, p in m.named_parameters(recurse=False):
             if id(p) in seen or not p.requires_grad: continue
             seen.add(id(p))
             depthwise = isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1
-            kind = "offset" if prefix.endswith("conv_offset") else "norm" if isinstance(m, NORMS) else "bias" if name.endswith("bias") else "depthwise" if depthwise else "weight"
-            yield name, p, kind
+            kind = "offset" if id(m) in offsets else "norm" if isinstance(m, NORMS) else "bias" if name == "bias" else "depthwise" if depthwise else "weight"
+            yield f"{prefix}.{name}" if prefix else name, p, kind
 
 # %% ../../nbs/12_engine/03_optim.ipynb #longest-key
 def longest_key(

@@ -120,7 +120,7 @@ def rate(
 
 def optimizer(model, plan, lr):
     "The recipe's optimiser."
-    groups = dict(weight_decay=plan.weight_decay, norm_decay=plan.norm_decay, bias_lr=plan.bias_lr, bias_decay=plan.bias_decay)
+    groups = dict(weight_decay=plan.weight_decay, norm_decay=plan.norm_decay, bias_lr=plan.bias_lr, bias_decay=plan.bias_decay, offset_lr=plan.offset_lr)
     return adamw(model, lr, **groups) if plan.optimizer == "adamw" else sgd(model, lr, plan.momentum, **groups)
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #start

@@ -97,6 +97,7 @@ class Schedule:
     cosine:bool=False               # instead of the milestones: the rate falls like half a cosine, to nothing
     bias_lr:float=1.                # multiplies the rate of biases …
     bias_decay:float=1.             # … and their weight decay
+    offset_lr:float=1.              # multiplies the rate of deformable convolutions' offsets
 
 # %% ../../nbs/14_zoo/01_parts.ipynb #experiment
 @dataclass
