@@ -7,7 +7,7 @@ from notebook_det.zoo import recipes
 from notebook_det.foundations.recipes import diff, from_json, to_json
 
 SHAPES = Path(__file__).parents[2]/"shared/reference/state_dicts.json.gz"
-FAMILIES = ("dcnv2", "rpn", "retinanet", "faster_rcnn", "mask_rcnn", "fcos", "fsaf", "ssd", "ghm", "guided_anchoring", "libra_rcnn")
+FAMILIES = ("dcn", "dcnv2", "rpn", "retinanet", "faster_rcnn", "mask_rcnn", "fcos", "fsaf", "ssd", "ghm", "guided_anchoring", "libra_rcnn")
 BUILT = {}   # a model's recipe as JSON → its names and shapes: recipes that differ in data or schedule only are built once
 
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'NAME', 'SMALL', 'deformable', 'with_dcn', 'name_of', 'with_deform_pool', 'experiment', 'small']
 
-# %% ../../nbs/14_zoo/11_dcn.ipynb #bdeef4b6
+# %% ../../nbs/14_zoo/11_dcn.ipynb #12a2e39a
 import re
 import fiddle as fdl
 from ..foundations.recipes import Config, Partial, select
 from ..layers.deformable import DeformConv2d
 from ..roi_heads.deform_pool import DeformRoIExtractor
+from .cascade import cascade_mask_rcnn, cascade_rcnn
 from .parts import BACKBONE, Data, Experiment, LENGTHS, Schedule, backbone_of, pixels_of, pretrained_of, takes
 from .rcnn import faster_rcnn, mask_rcnn, small_rcnn
 
@@ -54,7 +55,7 @@ def with_deform_pool(
     return model
 
 # %% ../../nbs/14_zoo/11_dcn.ipynb #experiment
-FAMILIES = {"faster-rcnn": faster_rcnn, "mask-rcnn": mask_rcnn}
+FAMILIES = {"faster-rcnn": faster_rcnn, "mask-rcnn": mask_rcnn, "cascade-rcnn": cascade_rcnn, "cascade-mask-rcnn": cascade_mask_rcnn}
 NAME = re.compile(rf"(?=.*-m?dconv|.*_m?dpool)(?P<family>{'|'.join(FAMILIES)})_{BACKBONE}(?:-(?P<dcn>m?)dconv(?:-group(?P<sets>\d+))?-c(?P<first>[2-5])-c5)?"
                   r"_fpn(?:_(?P<pool>m?)dpool)?[-_](?P<amp>amp-)?(?P<times>[12])x(?:_coco)?")
 
