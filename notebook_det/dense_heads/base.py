@@ -6,7 +6,7 @@
 __all__ = ['flat', 'DenseTargets', 'AnchorHead', 'dense_targets', 'trainable', 'image_targets', 'level_losses',
            'per_prior_losses', 'aside', 'strongest', 'dense_detections']
 
-# %% ../../nbs/08_dense_heads/01_base.ipynb #93ce35d5
+# %% ../../nbs/08_dense_heads/01_base.ipynb #43514f94
 import copy
 from dataclasses import dataclass, replace
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..foundations.ranks import mean_over_ranks
 from ..foundations.structures import Instances
 from ..losses.classification import full
-from ..ops.detections import DetectionRule
-from ..ops.nms import batched_nms
+from ..ops.detections import DetectionRule, suppress
 from ..priors.anchors import within
 
 # %% ../../nbs/08_dense_heads/01_base.ipynb #flat
@@ -177,6 +176,6 @@ def dense_detections(
         scores.append(top[ok] * quality[0][row] if quality else top[ok]); labels.append(label[ok]); boxes.append(coder.decode(p[row], d[row], size))
     found = Instances(torch.cat(boxes), torch.cat(labels), torch.cat(scores), size=size)
     found = found[(found.boxes[:, 2:] > found.boxes[:, :2]).all(1)]                      # beyond the border nothing is left of some
-    keep = batched_nms(found.boxes, found.scores, found.labels, rule.iou_threshold, rule.max_detections)
+    keep, scores = suppress(found.boxes, found.scores, found.labels, rule)
     if trace is not None: trace.update(candidates=found, kept=keep)
-    return found[keep]
+    return found[keep].copy(scores=scores)

@@ -6,17 +6,16 @@
 __all__ = ['View', 'make_views', 'dense_views', 'merge_proposals', 'ask_boxes', 'ask_masks', 'two_stage_views', 'predict_views',
            'how_to_merge', 'rpn_views']
 
-# %% ../../nbs/10_detectors/09_tta.ipynb #e219dc8c
+# %% ../../nbs/10_detectors/09_tta.ipynb #6743497f
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .base import Detector, to_image
 from ..foundations.structures import Instances, Trace
-from ..losses.classification import full
 from ..ops.boxes import flip_boxes, scale_boxes
-from ..ops.detections import finish
+from ..ops.detections import best_of, finish, suppress
 from ..ops.images import fit_size, resize_image
-from ..ops.nms import batched_nms, multiclass_nms, nms
+from ..ops.nms import nms
 
 # %% ../../nbs/10_detectors/09_tta.ipynb #view
 @dataclass
@@ -54,9 +53,8 @@ def dense_views(model, views)->Instances:
         c = trace["image 0"]["candidates"]
         found.append((v.back(c.boxes), c.scores, c.labels))
     boxes, scores, labels = map(torch.cat, zip(*found))
-    rule = model.bbox_head.rule
-    keep = batched_nms(boxes, scores, labels, rule.iou_threshold, rule.max_detections)
-    return Instances(boxes[keep], labels[keep], scores[keep], size=views[0].original)
+    keep, scores = suppress(boxes, scores, labels, model.bbox_head.rule)
+    return Instances(boxes[keep], labels[keep], scores, size=views[0].original)
 
 # %% ../../nbs/10_detectors/09_tta.ipynb #merge-proposals
 def merge_proposals(
@@ -80,11 +78,10 @@ def ask_boxes(
     scores, boxes = [], []
     for v,features in looks:
         rois = v.there(proposals.boxes)
-        cls, reg = map(full, head.bbox_head(head.roi_features(features, [rois])))
+        _, cls, reg = head.look(features, [rois])
         deltas = reg if head.bbox_head.class_agnostic else reg.reshape(len(reg), head.num_classes, 4)   # [R,4K] → [R,K,4]
         scores.append(cls.softmax(-1)[:, :-1]); boxes.append(v.back(head.bbox_head.coder.decode(rois, deltas, v.size)))
-    rule = head.rule
-    b, s, l, _ = multiclass_nms(torch.stack(boxes).mean(0), torch.stack(scores).mean(0), rule.score_threshold, rule.iou_threshold, rule.max_detections)
+    b, s, l, _ = best_of(torch.stack(boxes).mean(0), torch.stack(scores).mean(0), head.rule)
     return Instances(b, l, s, size=proposals.size)
 
 def ask_masks(head, looks, found)->Tensor: # [N,28,28] probabilities
@@ -123,7 +120,7 @@ def predict_views(
 
 def how_to_merge(model): # function (model, views) → Instances
     if hasattr(model, "roi_head"):
-        if not hasattr(model.roi_head, "bbox_roi_extractor") or not hasattr(model.roi_head.bbox_head, "coder") or not hasattr(model, "rpn_head"): raise NotImplementedError(f"several views cannot be merged for {type(model.roi_head).__name__}: use predict")
+        if not getattr(model.roi_head, "mergeable", True) or not hasattr(model.roi_head, "bbox_roi_extractor") or not hasattr(model.roi_head.bbox_head, "coder") or not hasattr(model, "rpn_head"): raise NotImplementedError(f"several views cannot be merged for {type(model.roi_head).__name__}: use predict")
         return two_stage_views
     return dense_views if hasattr(model.bbox_head, "rule") else rpn_views
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BBoxHead', 'own_deltas', 'bbox_losses', 'per_roi_losses', 'bbox_detections']
 
-# %% ../../nbs/09_roi_heads/02_bbox.ipynb #9830ea90
+# %% ../../nbs/09_roi_heads/02_bbox.ipynb #be9627cb
 import copy
 import torch
 from torch import Tensor, nn
 from ..layers.conv import ConvNormAct
 from ..foundations.structures import Instances
-from ..ops.nms import multiclass_nms
+from ..ops.detections import best_of
 
 # %% ../../nbs/09_roi_heads/02_bbox.ipynb #bboxhead
 class BBoxHead(nn.Module):
@@ -19,7 +19,7 @@ class BBoxHead(nn.Module):
     def __init__(self,
                  num_classes,                      # K, without background
                  coder,                            # DeltaXYWH: boxes ↔ the four numbers of fc_reg
-                 loss_cls, loss_bbox,              # of K+1 logits; of deltas (L1 kind) or decoded boxes (IoU kind)
+                 loss_cls, loss_bbox,              # of K+1 logits; of deltas (L1 kind) or decoded boxes (IoU kind); None: boxes stay as they are
                  in_channels=256, roi_size=7,      # of what the extractor reads: [R,in_channels,roi_size,roi_size]
                  num_convs=0, conv_channels=256,   # 4 for the "4conv1fc" head
                  num_fcs=2, fc_channels=1024,      # hidden linear layers, shared by both answers
@@ -27,20 +27,20 @@ class BBoxHead(nn.Module):
                  class_agnostic=False,             # one set of deltas for all classes
                  norm=None, conv=nn.Conv2d):       # factories for the shared convolutions
         super().__init__()
-        self.num_classes, self.coder, self.class_agnostic = num_classes, coder, class_agnostic
+        self.num_classes, self.coder, self.class_agnostic = num_classes, coder, class_agnostic or loss_bbox is None
         self.loss_cls, self.loss_bbox, self.avg_pool = loss_cls, loss_bbox, avg_pool
         c = [in_channels] + [conv_channels] * num_convs
         self.shared_convs = nn.ModuleList([ConvNormAct(a, b, 3, padding=1, norm=norm, conv=conv) for a,b in zip(c, c[1:])])
         f = [c[-1] * (1 if avg_pool else roi_size**2)] + [fc_channels] * num_fcs
         self.shared_fcs = nn.ModuleList([nn.Linear(a, b) for a,b in zip(f, f[1:])])
         self.fc_cls = nn.Linear(f[-1], num_classes + 1)
-        self.fc_reg = nn.Linear(f[-1], 4 if class_agnostic else 4*num_classes)
+        self.fc_reg = None if loss_bbox is None else nn.Linear(f[-1], 4 if class_agnostic else 4*num_classes)
 
     def forward(self, x): # [R,C,s,s] → class scores [R,K+1], deltas [R,4K] or [R,4]
         for m in self.shared_convs: x = m(x)
         x = x.mean((2, 3)) if self.avg_pool else x.flatten(1)                 # [R,C] or [R,C·s·s]
         for m in self.shared_fcs: x = m(x).relu()
-        return self.fc_cls(x), self.fc_reg(x)
+        return self.fc_cls(x), x.new_zeros(len(x), 4) if self.fc_reg is None else self.fc_reg(x)
 
 # %% ../../nbs/09_roi_heads/02_bbox.ipynb #own-deltas
 def own_deltas(
@@ -64,6 +64,7 @@ def bbox_losses(
     loss_cls, loss_bbox = losses or (head.loss_cls, head.loss_bbox)
     boxes, labels, target = (torch.cat([getattr(s, k) for s in samples]) for k in ("boxes", "labels", "targets"))
     count, pos, deltas = max(len(cls), 1), labels < head.num_classes, own_deltas(head, reg, labels)
+    if loss_bbox is None: return dict(loss_cls=loss_cls(cls, labels, None, count))
     if loss_bbox.on_boxes: deltas = head.coder.decode(boxes, deltas)
     else: target = torch.where(pos[:, None], head.coder.encode(boxes, target), 0.)   # a negative box without area has no code
     return dict(loss_cls=loss_cls(cls, labels, None, count), loss_bbox=loss_bbox(deltas, target, pos.to(deltas), count))
@@ -75,7 +76,7 @@ def per_roi_losses(
 )->dict:                     # loss_cls [R] and loss_bbox [R]
     "For a Trace: the share of every single RoI in the two losses; the shares add up to them."
     quiet = [copy.copy(l) for l in (head.loss_cls, head.loss_bbox)]
-    for l in quiet: l.reduction = "none"
+    for l in filter(None, quiet): l.reduction = "none"
     return {k: v.reshape(len(cls), -1).sum(-1) / len(cls) if len(cls) else cls.new_zeros(0) for k,v in bbox_losses(head, cls, reg, samples, quiet).items()}
 
 # %% ../../nbs/09_roi_heads/02_bbox.ipynb #bbox-detections
@@ -91,5 +92,5 @@ def bbox_detections(
     scores = cls.softmax(-1)[:, :-1]                                                       # [R,K]: background is not a detection
     deltas = reg if head.class_agnostic else reg.reshape(len(reg), head.num_classes, 4)     # [R,4K] → [R,K,4]
     found = head.coder.decode(boxes, deltas, size)
-    b, s, l, row = multiclass_nms(found, scores, rule.score_threshold, rule.iou_threshold, rule.max_detections)
+    b, s, l, row = best_of(found, scores, rule)
     return Instances(b, l, s, roi=row, size=size)

@@ -134,7 +134,7 @@ def m2det(
     sides = tuple(size * s for s in shares)
     anchors = anchors or Config(DefaultBoxes, strides, sides[:-1], sides[1:], [(2., 3.)] * 6, limit=float(size))
     neck = Config(MLFPN, channels(backbone), planes, levels, scales, base, thin)
-    head = ssd_head(num_classes, (planes * levels,) * scales, anchors, rule=Config(DetectionRule, .1, 1000, .45, 200))
+    head = ssd_head(num_classes, (planes * levels,) * scales, anchors, rule=Config(DetectionRule, .1, 1000, .45, 200, soft="linear"))
     return _exact(Config(SingleStage, backbone, neck, head, pixels or m2det_pixels(), **kw), size)
 
 def m2det_vgg(num_classes=80, **kw)->Config: return m2det(Config(VGG), num_classes, **kw)
