@@ -4,7 +4,7 @@ import pytest, torch
 from notebook_det.backbones.vgg import VGG
 from notebook_det.foundations.recipes import Config, build
 from notebook_det.foundations.structures import Images, Instances, Trace
-from notebook_det.zoo import anchor_free, recipes as zoo, retina_variants, ssd
+from notebook_det.zoo import anchor_free, recipes as zoo, retina_variants, roi_variants, ssd
 
 K = 3
 RECIPES = {
@@ -24,6 +24,7 @@ RECIPES = {
 RECIPES |= {name: lambda f=f: f(zoo.mobilenet_v2(), K, out_channels=32) for name, f in
             dict(retinanet_ghm=retina_variants.ghm_retinanet, libra_retinanet=retina_variants.libra_retinanet, ga_retinanet=retina_variants.ga_retinanet).items()}
 RECIPES["ga_rpn"] = lambda: retina_variants.ga_rpn(zoo.mobilenet_v2(), out_channels=32)
+RECIPES |= {f.__name__: lambda f=f: f(zoo.mobilenet_v2(), K, out_channels=32) for f in (roi_variants.double_head_rcnn, roi_variants.ms_rcnn, roi_variants.grid_rcnn)}
 HEAVY = {"faster_rcnn_c4": lambda: zoo.faster_rcnn_c4(50, K), "faster_rcnn_dc5": lambda: zoo.faster_rcnn_dc5(50, K)}
 
 

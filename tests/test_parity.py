@@ -9,7 +9,9 @@ CASES = ("dcn_faster_rcnn_r50", "dcnv2_faster_rcnn_r50", "dcnv2_group4_faster_rc
          "ghm_retinanet_r50_fpn", "ga_retinanet_r50_caffe", "ga_rpn_r50_caffe", "ga_faster_rcnn_r50_caffe", "libra_retinanet_r50",
          "ssd300_vgg16", "ssd512_vgg16", "fcos_r50_caffe_fpn_gn", "fcos_center_normbbox_giou", "fsaf_r50_fpn", "rpn_r50_fpn", "retinanet_r50_fpn", "retinanet_r18_fpn", "faster_rcnn_r50_fpn", "faster_rcnn_x101_32x4d_fpn", "faster_rcnn_r50_caffe_c4",
          "faster_rcnn_r50_caffe_dc5", "mask_rcnn_r50_fpn", "mask_rcnn_r50_caffe_fpn", "mask_rcnn_r50_caffe_c4",
-         "faster_rcnn_iou", "faster_rcnn_giou", "faster_rcnn_bounded_iou")
+         "faster_rcnn_iou", "faster_rcnn_giou", "faster_rcnn_bounded_iou",
+         "cascade_rcnn_r50_fpn", "cascade_mask_rcnn_r50_fpn", "htc_without_semantic_r50", "htc_r50_fpn",
+         "double_head_r50", "ms_rcnn_r50_caffe", "grid_rcnn_r50_gn")
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="skipped: the reference's cases are not here")
 
 
