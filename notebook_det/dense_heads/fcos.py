@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['centreness', 'Scale', 'FCOSHead', 'point_terms', 'point_shares']
 
-# %% ../../nbs/08_dense_heads/05_fcos.ipynb #db8549cc
+# %% ../../nbs/08_dense_heads/05_fcos.ipynb #1e58ec8a
 from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .base import AnchorHead, aside, dense_detections, dense_targets, flat
+from .retina import tower
 from ..foundations.ranks import mean_over_ranks
 from ..foundations.structures import part
-from ..layers.conv import ConvNormAct, init_weights, normal, prior_bias
+from ..layers.conv import init_weights, normal, prior_bias
 from ..layers.norm import group_norm
 from ..losses.classification import full
 from ..ops.detections import DetectionRule
@@ -47,16 +48,15 @@ class FCOSHead(AnchorHead):
                  stacked_convs=4,         # depth of each tower
                  norm=group_norm,         # factory: normalisation in the towers
                  conv_bias="auto",        # of the towers; "auto": where no normalisation follows
-                 last_conv=nn.Conv2d,     # factory of each tower's last convolution, such as DeformConv2d
+                 last_conv=None,          # factory of each tower's last convolution, such as DeformConv2d
                  linear=False,            # distances are max(0, x) instead of e^x
                  centerness_on_reg=False, # centreness is read from the tower of the distances
                  rule=DetectionRule(.05, 1000, .5, 100),
                  prior_prob=.01):         # every point starts out this sure of an object
         super().__init__(num_classes, points, coder, assigner, loss_cls, loss_bbox)
         self.loss_centerness, self.linear, self.centerness_on_reg, self.rule = loss_centerness, linear, centerness_on_reg, replace(rule)
-        tower = lambda: nn.Sequential(*(ConvNormAct(in_channels if i == 0 else feat_channels, feat_channels, 3, padding=1, bias=conv_bias, norm=norm,
-                                                    conv=last_conv if i == stacked_convs - 1 else nn.Conv2d) for i in range(stacked_convs)))
-        self.cls_convs, self.reg_convs, last = tower(), tower(), feat_channels if stacked_convs else in_channels
+        self.cls_convs, self.reg_convs = (tower(in_channels, feat_channels, stacked_convs, norm, conv_bias, last_conv=last_conv) for _ in range(2))
+        last = feat_channels if stacked_convs else in_channels
         for name,c in dict(cls=num_classes, reg=4, centerness=1).items(): self.add_module(f"conv_{name}", nn.Conv2d(last, c, 3, padding=1))
         self.scales = nn.ModuleList(Scale() for _ in points.strides)
         init_weights(self, normal(.01))

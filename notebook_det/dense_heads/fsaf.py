@@ -65,8 +65,10 @@ class FSAFHead(RetinaHead):
                  stacked_convs=4,    # depth of each tower
                  rule=DetectionRule(.05, 1000, .5, 100),
                  prior_prob=.01,     # every prior starts out this sure of an object …
-                 prior_distance=.25):# … and of these distances to its sides, in the coder's units
-        super().__init__(num_classes, anchors, coder, assigner, loss_cls, loss_bbox, in_channels, feat_channels, stacked_convs, rule=rule, prior_prob=prior_prob)
+                 prior_distance=.25, # … and of these distances to its sides, in the coder's units
+                 norm=None, conv=torch.nn.Conv2d, last_conv=None): # factories, as in RetinaNet's towers
+        super().__init__(num_classes, anchors, coder, assigner, loss_cls, loss_bbox, in_channels, feat_channels, stacked_convs, rule=rule, prior_prob=prior_prob,
+                         norm=norm, conv=conv, last_conv=last_conv)
         if assigner.num_classes != num_classes: raise ValueError(f"the head knows {num_classes} classes, its assigner {assigner.num_classes}")
         if (loss_cls.reduction, loss_bbox.reduction, loss_bbox.on_boxes) != ("none", "none", True):
             raise ValueError("FSAF adds up its losses itself: loss_cls and loss_bbox need reduction='none', and loss_bbox must compare boxes (IoULoss, GIoULoss)")

@@ -54,10 +54,11 @@ class RPNHead(AnchorHead):
                  feat_channels=256,               # of the hidden convolution
                  allowed_border=-1,               # pixels an anchor may stick out of the image to be trained on; < 0: any
                  train_rule=ProposalRule(2000, 1000),  # proposals that a second stage trains on …
-                 test_rule=ProposalRule(1000, 1000)):  # … and those it is tested on
+                 test_rule=ProposalRule(1000, 1000),   # … and those it is tested on
+                 conv=nn.Conv2d):                      # factory of the hidden convolution
         super().__init__(1, anchors, coder, assigner, loss_cls, loss_bbox, sampler, allowed_border)
         self.train_rule, self.test_rule = replace(train_rule), replace(test_rule) # copies: a default belongs to nobody
-        self.rpn_conv = nn.Conv2d(in_channels, feat_channels, 3, padding=1)
+        self.rpn_conv = conv(in_channels, feat_channels, 3, padding=1)
         self.rpn_cls = nn.Conv2d(feat_channels, anchors.per_cell, 1)
         self.rpn_reg = nn.Conv2d(feat_channels, anchors.per_cell * 4, 1)
         init_weights(self, normal(.01))
