@@ -122,7 +122,7 @@ def find_row(name)->dict|None: # by published name or by the file name of its co
     return next((r for r in table() if name in (r["name"], stem(r))), None)
 
 # %% ../../nbs/14_zoo/01_parts.ipynb #backbone-of
-BACKBONE = r"(?P<net>[rx])(?P<depth>18|34|50|101|152)(?:-(?P<groups>\d+)x(?P<width>\d+)d)?(?P<caffe>-caffe)?" # as published names spell it
+BACKBONE = r"(?P<net>[rx])(?P<depth>18|34|50|101|152)(?:[-_](?P<groups>\d+)x(?P<width>\d+)d)?(?P<caffe>-caffe)?" # as published names spell it
 LENGTHS = {"1": (12, (8, 11)), "2": (24, (16, 22)), "3": (36, (27, 33)), "20e": (20, (16, 19))}             # epochs, milestones
 
 def backbone_of(m, **kw): # a match of BACKBONE, arguments of ResNet → node
