@@ -6,9 +6,9 @@
 __all__ = ['TEXT', 'SETTINGS', 'spoken', 'sentence', 'call', 'read_recipe', 'read_size', 'Length', 'check', 'rate', 'optimizer',
            'start', 'prepare', 'set_for', 'training_set', 'data_sets', 'present', 'judge_of', 'main_numbers', 'Setup',
            'Extras', 'claim', 'pick_device', 'draw_results', 'make_runner', 'train', 'launch', 'finish', 'write_errors',
-           'test', 'predict', 'zoo', 'doctor', 'write_drawings']
+           'test', 'predict', 'zoo', 'show_recipe', 'doctor', 'write_drawings']
 
-# %% ../../nbs/14_zoo/23_cli.ipynb #b2ceb92f
+# %% ../../nbs/14_zoo/23_cli.ipynb #8b40946b
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from fastcore.script import Param, anno_parser, call_parse
 from ..data.coco import CocoDetection
 from ..data.doctor import KINDS, draw_findings, draw_report, examine
 from ..data.loaders import make_loader
+from ..data.semantic import SemanticMaps
 from ..data.toy import make_toy
 from ..engine.checkpoint import latest, resume as resume_run, write_atomic
 from ..engine.distributed import Together, restarts
@@ -38,6 +39,7 @@ from ..foundations.progress import note, progress
 from ..foundations.ranks import first_goes_first, is_first, world
 from ..foundations.recipes import Config, build, load as load_recipe, override, show as tree, to_json
 from .checkpoints import load_checkpoint, load_imagenet
+from .parts import find_row
 from .predict import category_ids, load, predict_folder
 from .recipes import Data, Experiment, Schedule as Plan, from_scratch, names, recipe as zoo_recipe, set_classes, stem, table, test_transform, train_transform
 
@@ -149,7 +151,7 @@ def set_for(experiment, classes): set_classes(experiment.model, classes); return
 # %% ../../nbs/14_zoo/23_cli.ipynb #training-set
 def training_set(annotations, images, data)->CocoDetection:
     "Pictures to learn from; refused where there is nothing to learn, or a picture is missing."
-    ds = CocoDetection(annotations, images, transforms=train_transform(data), masks=data.masks, keep_empty=False, min_size=32)
+    ds = CocoDetection(annotations, images, transforms=train_transform(data), masks=data.masks, keep_empty=False, min_size=32, extras=[SemanticMaps(data.semantic)] if data.semantic else ())
     if not len(ds): raise ValueError(f"annotation file {annotations} has no picture with an object to learn from")
     lost = {why: n for why,n in ds.report.items() if n and why not in ("images", "other classes")}
     if lost: note(f"left out of {annotations}: " + ", ".join(f"{n} annotations ({why})" for why,n in lost.items()))
@@ -341,11 +343,12 @@ def write_errors(judge, folder):
 @call_parse
 @spoken
 def test(
-    checkpoint:Param("a checkpoint, or the folder of a run", str, opt=False),
+    checkpoint:Param("a checkpoint, the folder of a run, or a published name", str, opt=False),
     ann:str=None,      # annotations: a COCO json file
     images:str=None,   # folder of its pictures
     masks:bool=False,  # evaluate masks as well as boxes
     recipe:str=None,   # of weights that do not say what they belong to: a name that ndet-zoo lists
+    from_folder:str=None, # where the weights of a published name lie (--from); else the cache, else the network
     size:str=None,     # fit pictures into longest,shortest side (default: as in training)
     out:str=None,      # also write the detections to this json file
     errors:str=None,   # also sort the mistakes into kinds: a picture and a list of all, in this folder
@@ -357,7 +360,7 @@ def test(
     "Evaluate a trained detector: COCO's average precision. Example: ndet-test runs/faster_rcnn_mobilenet --ann val.json --images photos"
     for k,v in {"--ann": ann, "--images": images}.items():
         if not v: raise ValueError(f"{k} is missing: {'the annotations to evaluate on' if k == '--ann' else 'the folder of the pictures'}")
-    model = load(checkpoint, recipe, pick_device(device))
+    model = load(checkpoint, recipe, pick_device(device), folder=from_folder)
     if masks and "masks" not in model.needs: raise ValueError(f"--masks: {checkpoint} is a detector of boxes only")
     scale = read_size(size) if size else model.test_scale
     ds = present(CocoDetection(ann, images, model.classes, test_transform(Data(test_scale=scale, keep_ratio=model.keep_ratio)), masks))
@@ -373,17 +376,18 @@ def test(
 @call_parse
 @spoken
 def predict(
-    checkpoint:Param("a checkpoint, or the folder of a run", str, opt=False),
+    checkpoint:Param("a checkpoint, the folder of a run, or a published name", str, opt=False),
     photos:Param("pictures, folders of pictures, or patterns such as 'photos/*.jpg'", str, opt=False, nargs="+"),
     out:str="predictions", # folder to write to
     score:float=.3,        # drop detections weaker than this
     recipe:str=None,       # of weights that do not say what they belong to: a name that ndet-zoo lists
+    from_folder:str=None,  # where the weights of a published name lie (--from); else the cache, else the network
     device:str="auto",     # cpu, cuda, cuda:1, …
     debug:bool=False,      # show where an error happened
 ):
     "Find objects in pictures: writes pictures with boxes, and all detections in COCO's json format. Example: ndet-predict runs/faster_rcnn_mobilenet photos"
-    model = load(checkpoint, recipe, pick_device(device))
-    done = predict_folder(model, photos, out, score, category_ids(checkpoint, model))
+    model = load(checkpoint, recipe, pick_device(device), folder=from_folder)
+    done = predict_folder(model, photos, out, score, category_ids(checkpoint, model, from_folder))
     note(f"in {out}: {len(done.pictures)} pictures with what was found, {done.json.name}")
     if done.failed: raise ValueError(f"{len(done.failed)} of {len(done.failed) + len(done.pictures)} pictures could not be read: " + "; ".join(done.failed))
 
@@ -392,11 +396,11 @@ def predict(
 @spoken
 def zoo(
     search:Param("only names with this in them", str, opt=False, nargs="?", default="")="",
-    show:str=None,       # print the whole recipe of this name
+    show:str=None,       # print the whole recipe of this name, with its schedule
     debug:bool=False,    # show where an error happened
 ):
     "List the detectors that can be trained, with what was published of them on COCO. Example: ndet-zoo retinanet"
-    if show: return note(repr(tree(zoo_recipe(show))))
+    if show: return show_recipe(show)
     rows = {r["name"]: r for r in table()}
     ours, wanted = set(names()), lambda n: search.lower() in n.lower() or n in rows and search.lower() in stem(rows[n]).lower()
     found, later = [n for n in names() if wanted(n)], [n for n in rows if wanted(n) and n not in ours]
@@ -404,10 +408,15 @@ def zoo(
     elif not found: zoo_recipe(search)              # raises, and says what is near
     if not found: return
     wide = max(map(len, found))
-    note(f"{'name':<{wide}}  box AP  mask AP  epochs")
+    note(f"{'name':<{wide}}  box AP  mask AP  epochs    GB  weights")
     for n in found:
         r = rows.get(n, {})
-        note(f"{n:<{wide}}  {r.get('box_ap') or '–':>6}  {r.get('mask_ap') or '–':>7}  {r.get('epochs') or '–':>6}")
+        note(f"{n:<{wide}}  {r.get('box_ap') or '–':>6}  {r.get('mask_ap') or '–':>7}  {r.get('epochs') or '–':>6}  {r.get('train_memory_gb') or '–':>4}  {r.get('weights') or ''}".rstrip())
+
+def show_recipe(name): # the whole recipe, and what was published with it
+    row = find_row(name)
+    note(repr(tree(zoo_recipe(name))))
+    if row: note(f"published: box AP {row['box_ap'] or '–'}, mask AP {row['mask_ap'] or '–'}, {row['epochs']} epochs, {row['train_memory_gb'] or '?'} GB a GPU\n{row['weights']}")
 
 # %% ../../nbs/14_zoo/23_cli.ipynb #doctor
 @call_parse
