@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['share_inside', 'MaxIoUAssigner', 'ApproxMaxIoUAssigner']
 
-# %% ../../nbs/03_priors/03_assigners.ipynb #35e2fe4d
+# %% ../../nbs/03_priors/03_assigners.ipynb #da1acdbe
 import torch
 from torch import Tensor
 from ..foundations.structures import Instances, Assignment, IGNORED, NEGATIVE
 from ..ops.assign import max_iou_assign
-from ..ops.boxes import box_iof
+from ..ops.boxes import box_iof, box_iou
 
 # %% ../../nbs/03_priors/03_assigners.ipynb #share-inside
 def share_inside(
     priors:Tensor,  # [A,4] xyxy
     regions:Tensor, # [G,4] xyxy
     pairs=2**22,    # compared at a time: memory stays bounded
+    overlap=box_iof,# or box_iou: the largest IoU with one region
 )->Tensor:          # [A] in 0 … 1
     "The largest share of each prior's area that lies in one region."
     if not len(regions): return priors.new_zeros(len(priors))
-    return torch.cat([box_iof(p, regions).amax(1) for p in priors.split(max(1, pairs // len(regions)))])
+    return torch.cat([overlap(p, regions).amax(1) for p in priors.split(max(1, pairs // len(regions)))])
 
 # %% ../../nbs/03_priors/03_assigners.ipynb #maxiouassigner
 class MaxIoUAssigner:
@@ -31,9 +32,10 @@ class MaxIoUAssigner:
                  min_pos_iou=0.,     # the least overlap at which an object may claim its best prior
                  low_quality=True,   # an object that no prior overlaps enough claims its best one(s) all the same
                  assign_all=True,    # … all priors that share the best overlap, or only the first
-                 ignore_iof=-1.):    # priors that lie in an ignored region by more than this share are ignored; ≤ 0: none
+                 ignore_iof=-1.,     # priors that lie in an ignored region by more than this share are ignored; ≤ 0: none
+                 ignore_iou=-1.):    # … and those that overlap one by more than this
         self.pos_iou, self.neg_iou, self.min_pos_iou = pos_iou, neg_iou, min_pos_iou
-        self.low_quality, self.assign_all, self.ignore_iof = low_quality, assign_all, ignore_iof
+        self.low_quality, self.assign_all, self.ignore_iof, self.ignore_iou = low_quality, assign_all, ignore_iof, ignore_iou
 
     def __call__(self,
                  priors:Tensor,            # [A,4] xyxy
@@ -42,8 +44,9 @@ class MaxIoUAssigner:
                 )->Assignment:
         boxes, ignore = objects.boxes.to(priors), getattr(objects, "ignore", None)
         if ignore is not None:
-            if self.ignore_iof > 0:
-                free = share_inside(priors, torch.where(ignore[:, None], boxes, 0.)) <= self.ignore_iof
+            for most, overlap in ((self.ignore_iof, box_iof), (self.ignore_iou, box_iou)):
+                if most <= 0: continue
+                free = share_inside(priors, torch.where(ignore[:, None], boxes, 0.), overlap=overlap) <= most
                 valid = free if valid is None else valid & free
             boxes = torch.where(ignore[:, None], 0., boxes)                            # a point overlaps nothing
         if valid is not None: priors = torch.where(valid.view(-1, *[1] * (priors.ndim - 1)), priors, 0.)   # … and nothing overlaps a point
@@ -55,7 +58,7 @@ class MaxIoUAssigner:
         return max_iou_assign(priors, boxes, self.pos_iou, self.neg_iou, max(self.min_pos_iou, 1e-12), self.low_quality, self.assign_all)
     def __repr__(self): return f"{type(self).__name__}(" + ", ".join(f"{k}={v}" for k,v in vars(self).items()) + ")"
 
-# %% ../../nbs/03_priors/03_assigners.ipynb #aa605dd7
+# %% ../../nbs/03_priors/03_assigners.ipynb #approxmaxiouassigner
 class ApproxMaxIoUAssigner(MaxIoUAssigner):
     "The same rule for places with several boxes each ([A,n,4]): the best of a place's boxes counts (Wang et al., 2019, section 3.5)."
     def match(self, approxs, boxes): # [A,n,4], [G,4] → gt_index, label, iou, all [A]

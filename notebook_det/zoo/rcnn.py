@@ -102,15 +102,16 @@ def _one_level_rpn(channels, **kw): # 15 anchors a cell at stride 16
 def faster_rcnn_c4(
     depth=50, num_classes=80,
     masks=False,  # Mask R-CNN on the same features
+    planes=64,    # of the backbone's first stage: 16 is a quarter of the channels everywhere
     **kw,         # any argument of TwoStage
 )->Config:
     "The C4 variant: no pyramid; the backbone's last stage runs on every RoI."
-    more = dict(mask_roi_extractor=None, mask_head=Config(MaskHead, num_classes, Config(MaskLoss), 2048, num_convs=0)) if masks else {}
-    head = bbox_head(num_classes, in_channels=2048, num_fcs=0, avg_pool=True)
-    shared = Config(ResLayer, depth, stage=3, stride=2, style="caffe", norm_grad=False)
+    more = dict(mask_roi_extractor=None, mask_head=Config(MaskHead, num_classes, Config(MaskLoss), 32*planes, num_convs=0)) if masks else {}
+    head = bbox_head(num_classes, in_channels=32*planes, num_fcs=0, avg_pool=True)
+    shared = Config(ResLayer, depth, stage=3, stride=2, style="caffe", norm_grad=False, planes=planes)
     roi = roi_head(head, (16,), 14, shared_head=shared, **more)
-    return Config(TwoStage, resnet(depth, "caffe", num_stages=3, out_indices=(2,)), None,
-                  _one_level_rpn(1024, allowed_border=0 if masks else -1), roi, caffe_pixels(), **kw)
+    return Config(TwoStage, resnet(depth, "caffe", num_stages=3, out_indices=(2,), planes=planes), None,
+                  _one_level_rpn(16*planes, allowed_border=0 if masks else -1), roi, caffe_pixels(), **kw)
 
 # %% ../../nbs/14_zoo/02_rcnn.ipynb #faster-rcnn-dc5
 def faster_rcnn_dc5(depth=50, num_classes=80, **kw)->Config: # any argument of TwoStage
