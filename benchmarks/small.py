@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch, torchvision
+from fiddle import get_callable
 from torch import nn
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.models import mobilenet_v2
@@ -37,12 +38,12 @@ from notebook_det.evaluation.coco import CocoEvaluator, per_class, summary
 from notebook_det.backbones.vgg import VGG
 from notebook_det.foundations.recipes import Config, build, select
 from notebook_det.foundations.structures import Instances
-from notebook_det.losses.regression import SmoothL1Loss
+from notebook_det.losses.regression import L1Loss, SmoothL1Loss
 from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.priors.points import regress_ranges
 from notebook_det.layers.norm import batch_norm
 from notebook_det.priors.default_boxes import DefaultBoxes
-from notebook_det.zoo import anchor_free, recipes as zoo, retina_variants, ssd
+from notebook_det.zoo import anchor_free, cascade, recipes as zoo, retina_variants, roi_variants, ssd
 
 COLORS = [230, 159, 0, 0, 60, 255, 0, 130, 60] # of outlines: RBC orange, WBC blue, platelets green; nuclei in turn
 RATES, FROZEN = (.005, .01, .02, .04), 2
@@ -135,11 +136,23 @@ def ours(d, family):
         recipe.rpn_head.anchors.scales = (d.scale,)
         recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 500
         recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 128, d.detections
-        for head in (recipe.rpn_head, recipe.roi_head.bbox_head): head.loss_bbox = Config(SmoothL1Loss, beta=1/9) # as torchvision's
+        for head in select(recipe, object): # torchvision's box loss where the recipe has L1; a method's own loss stays
+            if isinstance(loss := getattr(head, "loss_bbox", None), Config) and get_callable(loss) is L1Loss: head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
     model = build(recipe)
     own = model.backbone.state_dict()
     model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own}) # all but the last convolution, which is not used
     return model
+
+def double_head(*args, **kw): # two blocks of 256 channels instead of four of 512, for the sake of time
+    recipe = roi_variants.double_head_rcnn(*args, **kw)
+    head = recipe.roi_head.bbox_head
+    head.num_blocks, head.conv_channels, head.block.planes = 2, 256, 64
+    return recipe
+
+def grid_rcnn(*args, **kw): # points are learnt from 64 of a step's positive boxes instead of 192, for the sake of time
+    recipe = roi_variants.grid_rcnn(*args, **kw)
+    recipe.roi_head.grid_head.max_rois = 64
+    return recipe
 
 # ---- SSD and its family: default boxes for cells of 15 … 120 pixels
 
@@ -179,6 +192,10 @@ METHODS = dict(
     libra_retinanet=Method(partial(ours, family=retina_variants.libra_retinanet), "bccd", .01, 1200),
     ssdlite=Method(ssdlite, "bccd", .01, 1200), m2det=Method(m2det, "bccd", .01, 1200),
     ssd_vgg=Method(ssd_vgg, "bccd", .01, 1200), scratchdet=Method(scratchdet, "bccd", .01, 1200),
+    double_head=Method(partial(ours, family=double_head), "bccd", .01), grid_rcnn=Method(partial(ours, family=grid_rcnn), "bccd", .01),
+    ms_rcnn=Method(partial(ours, family=roi_variants.ms_rcnn), "dsb", .02),
+    cascade_rcnn=Method(partial(ours, family=cascade.cascade_rcnn), "bccd", .01), cascade_mask_rcnn=Method(partial(ours, family=cascade.cascade_mask_rcnn), "dsb", .02),
+    htc_without_semantic=Method(partial(ours, family=cascade.htc_without_semantic), "dsb", .02),
     mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
 
 # ---- training and evaluation, the same for both sides

@@ -70,15 +70,17 @@ def encode(
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #pack
 def pack(
-    found,      # Instances, or a torchvision-style dict: boxes, scores, labels, masks
+    found,      # Instances, or a torchvision-style dict: boxes, scores, labels, masks; `box_scores` where scores are the masks' (Mask Scoring)
     masks=True, # keep the masks
 )->dict:
     "The detections of one image as numpy arrays and run-length codes: little enough to keep for a whole data set."
     missing = [k for k in ("boxes", "scores", "labels") + (("masks",) if masks else ()) if k not in found]
     if missing: raise ValueError(f"detections have no {missing[0]!r}, only {list(found.keys())}")
     array = lambda k, dtype: torch.as_tensor(found[k]).detach().to("cpu", dtype).numpy()
-    out = {"boxes": array("boxes", torch.float64).reshape(-1, 4), "scores": array("scores", torch.float64), "labels": array("labels", torch.int64)}
-    return out | {"masks": encode(found["masks"])} if masks else out
+    own = "box_scores" if "box_scores" in found else "scores"
+    out = {"boxes": array("boxes", torch.float64).reshape(-1, 4), "scores": array(own, torch.float64), "labels": array("labels", torch.int64)}
+    if masks: out["masks"] = encode(found["masks"])
+    return out | {"mask_scores": array("scores", torch.float64)} if masks and own != "scores" else out
 
 # %% ../../nbs/13_evaluation/01_coco.ipynb #as-results
 def as_results(
@@ -90,7 +92,8 @@ def as_results(
     "Detections in COCO's json format; a label without a category, or a score that is no number, is left out."
     out, known = [], {i: c for i,c in enumerate(category_ids) if c is not None}
     for image_id, f in found.items():
-        columns = {"image_id": [image_id]*len(f["labels"]), "category_id": [known.get(i) for i in f["labels"].tolist()], "score": f["scores"].tolist()}
+        score = f.get("mask_scores", f["scores"]) if mask else f["scores"]
+        columns = {"image_id": [image_id]*len(f["labels"]), "category_id": [known.get(i) for i in f["labels"].tolist()], "score": score.tolist()}
         if box: columns["bbox"] = np.concatenate([f["boxes"][:,:2], f["boxes"][:,2:] - f["boxes"][:,:2]], 1).tolist()
         if mask: columns["segmentation"] = f["masks"]
         out += [dict(zip(columns, row)) for row in zip(*columns.values()) if row[1] is not None and row[2] == row[2]]

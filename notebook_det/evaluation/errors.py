@@ -135,7 +135,8 @@ def of_evaluator(
     truth, found = [truth_of(e.truth, e.place[i], kind) for i in names], []
     for f in (e.found.get(i, none) for i in names):
         own = place[np.where((f["labels"] >= 0) & (f["labels"] < len(place)), f["labels"], -1)]; keep = np.flatnonzero((own >= 0) & ~np.isnan(f["scores"]))
-        found.append({"boxes": f["boxes"][keep], "scores": f["scores"][keep], "labels": own[keep]} | ({"masks": [f["masks"][i] for i in keep]} if kind == "segm" else {}))
+        score = f.get("mask_scores", f["scores"]) if kind == "segm" else f["scores"]
+        found.append({"boxes": f["boxes"][keep], "scores": score[keep], "labels": own[keep]} | ({"masks": [f["masks"][i] for i in keep]} if kind == "segm" else {}))
     return Errors(truth, found, e.classes, names, iou, background, e.max_dets[-1])
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #truth-of
