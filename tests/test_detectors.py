@@ -4,7 +4,7 @@ import pytest, torch
 from notebook_det.backbones.vgg import VGG
 from notebook_det.foundations.recipes import Config, build
 from notebook_det.foundations.structures import Images, Instances, Trace
-from notebook_det.zoo import anchor_free, recipes as zoo, retina_variants, roi_variants, ssd
+from notebook_det.zoo import anchor_free, cascade, hrnet, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
 
 K = 3
 RECIPES = {
@@ -25,7 +25,21 @@ RECIPES |= {name: lambda f=f: f(zoo.mobilenet_v2(), K, out_channels=32) for name
             dict(retinanet_ghm=retina_variants.ghm_retinanet, libra_retinanet=retina_variants.libra_retinanet, ga_retinanet=retina_variants.ga_retinanet).items()}
 RECIPES["ga_rpn"] = lambda: retina_variants.ga_rpn(zoo.mobilenet_v2(), out_channels=32)
 RECIPES |= {f.__name__: lambda f=f: f(zoo.mobilenet_v2(), K, out_channels=32) for f in (roi_variants.double_head_rcnn, roi_variants.ms_rcnn, roi_variants.grid_rcnn)}
+RECIPES |= {"cascade_mask_rcnn": lambda: thin(cascade.cascade_mask_rcnn(zoo.mobilenet_v2(), K, out_channels=32)),
+            "htc": lambda: thin(cascade.htc(zoo.mobilenet_v2(), K, out_channels=32, num_labels=4))}
+RECIPES |= {"faster_rcnn_hrnet": lambda: hrnet.with_hrfpn(zoo.faster_rcnn(hrnet.hrnet(4, planes=8, modules=(1, 1, 1), blocks=1), K, out_channels=32)),
+            "fcos_hrnet": lambda: hrnet.with_hrfpn(anchor_free.fcos(hrnet.hrnet(4, planes=8, modules=(1, 1, 1), blocks=1), K, out_channels=64)),
+            "tridentnet": lambda: trident.tridentnet(50, K, planes=4)}
+RECIPES |= {
+    "faster_rcnn_ohem": lambda: two_stage_more.with_ohem(zoo.faster_rcnn(zoo.mobilenet_v2(), K, out_channels=32)),
+    "faster_rcnn_soft_nms": lambda: two_stage_more.with_soft_nms(zoo.faster_rcnn(zoo.mobilenet_v2(), K, out_channels=32)),
+    "rfcn": lambda: two_stage_more.rfcn(18, K, bins=3, stride=8, scales=(2, 4, 8, 16), planes=8, style="pytorch", pixels=zoo.torchvision_pixels())}
 HEAVY = {"faster_rcnn_c4": lambda: zoo.faster_rcnn_c4(50, K), "faster_rcnn_dc5": lambda: zoo.faster_rcnn_dc5(50, K)}
+
+
+def thin(recipe): # three box heads of 64 neurons instead of 1,024
+    for head in recipe.roi_head.bbox_head: head.fc_channels = 64
+    return recipe
 
 
 def make(name):
@@ -43,7 +57,7 @@ def objects(n=2, h=96, w=128, seed=0):
     boxes = torch.cat([xy, (xy + wh).minimum(torch.tensor([w, h]))], 1)
     y, x = torch.arange(h)[:, None] + .5, torch.arange(w)[None] + .5
     masks = torch.stack([(x > b[0]) & (x < b[2]) & (y > b[1]) & (y < b[3]) for b in boxes]) if n else torch.zeros(0, h, w, dtype=torch.bool)
-    return Instances(boxes.reshape(-1, 4), torch.randint(0, K, (n,), generator=g), masks=masks, image_id=f"pic{seed}")
+    return Instances(boxes.reshape(-1, 4), torch.randint(0, K, (n,), generator=g), masks=masks, image_id=f"pic{seed}", semantic=((y // 16 + x // 16) % 4).to(torch.uint8))
 
 
 def batch(): return [picture(seed=0), picture(80, 112, seed=1)], [objects(2), objects(3, 80, 112, seed=1)]
@@ -93,7 +107,7 @@ def test_same_seed_same_losses(model):
 
 @pytest.mark.parametrize("h,w", [(1, 1), (1500, 32), (33, 65)])
 def test_odd_sizes(model, h, w):
-    assert finite(model([picture(h, w)], [Instances(torch.tensor([[0., 0, w, h]]), torch.tensor([0]), masks=torch.ones(1, h, w, dtype=torch.bool))]))
+    assert finite(model([picture(h, w)], [Instances(torch.tensor([[0., 0, w, h]]), torch.tensor([0]), masks=torch.ones(1, h, w, dtype=torch.bool), semantic=torch.zeros(h, w, dtype=torch.uint8))]))
     out = model.eval()([picture(h, w)])[0]
     assert len(out) == 0 or (out.boxes[:, 2:].amax(0) <= torch.tensor([w, h]) + 1e-3).all()
 
@@ -113,7 +127,7 @@ def test_input_kinds_agree(model):
     kinds = [images, [x / 255 for x in images], torch.stack(images), Images(torch.stack(images), [(96, 128)] * 2)]
     torch.manual_seed(1); want = model.eval()(kinds[0], targets)   # in eval mode no loss remembers the call before
     for x in kinds[1:]:
-        torch.manual_seed(1); got = model(x, [dict(boxes=t.boxes, labels=t.labels, masks=t.masks) for t in targets])
+        torch.manual_seed(1); got = model(x, [dict(boxes=t.boxes, labels=t.labels, masks=t.masks, semantic=t.semantic) for t in targets])
         for k in want: torch.testing.assert_close(got[k], want[k], rtol=1e-3, atol=1e-4)
 
 

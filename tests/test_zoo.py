@@ -7,7 +7,7 @@ from notebook_det.zoo import recipes
 from notebook_det.foundations.recipes import diff, from_json, to_json
 
 SHAPES = Path(__file__).parents[2]/"shared/reference/state_dicts.json.gz"
-FAMILIES = ("gn", "gn+ws", "scratch", "gcnet", "empirical_attention", "dcn", "dcnv2", "rpn", "retinanet", "faster_rcnn", "mask_rcnn", "fcos", "fsaf", "ssd", "ghm", "guided_anchoring", "libra_rcnn", "double_heads", "ms_rcnn", "grid_rcnn", "cascade_rcnn", "htc")
+FAMILIES = ("gn", "gn+ws", "scratch", "gcnet", "empirical_attention", "dcn", "dcnv2", "rpn", "retinanet", "faster_rcnn", "mask_rcnn", "fcos", "fsaf", "ssd", "ghm", "guided_anchoring", "libra_rcnn", "double_heads", "ms_rcnn", "grid_rcnn", "cascade_rcnn", "htc", "hrnet", "tridentnet")
 BUILT = {}   # a model's recipe as JSON → its names and shapes: recipes that differ in data or schedule only are built once
 
 

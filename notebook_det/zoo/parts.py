@@ -69,6 +69,7 @@ class Data:
     before:tuple=()                 # transforms of training pictures before they are resized …
     after:tuple=()                  # … and after they were mirrored
     masks:bool=False                # read masks too
+    semantic:str=None               # folder of maps with the class of every pixel, where a method learns it
 
 def train_transform(data:Data): # (image, Instances) → (image, Instances)
     one = len(data.scales) == 1
