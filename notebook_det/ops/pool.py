@@ -91,34 +91,46 @@ def ps_roi_pool(
     if features.shape[1] % (h*w): raise ValueError(f"{features.shape[1]} channels cannot be shared by {h} × {w} bins")
     return tv.ps_roi_pool(work, r, (h, w), scale).to(features.dtype)
 
-# %% ../../nbs/02_ops/10_pool.ipynb #sample
-def _sample(f, ys, xs): # f [C,H,W], ys [n], xs [m] → [C,n,m]: bilinear, RoIAlign's borders, differentiable in ys and xs
-    (H, W), inside = f.shape[1:], ((ys >= -1) & (ys <= f.shape[1]))[:,None] & ((xs >= -1) & (xs <= f.shape[2]))
-    ys, xs = ys.clamp(0, H-1), xs.clamp(0, W-1)
-    hat = lambda at, size: (1 - (at[:,None] - torch.arange(size, device=f.device)).abs()).clamp(min=0)
-    return hat(ys, H) @ f @ hat(xs, W).T * inside
+# %% ../../nbs/02_ops/10_pool.ipynb #line
+def _line(lo, hi, k, bins, move, ratio, size): # one axis of a box: its edges, the number of each bin and how far it moves, [P,Q] both
+    "What every pixel of the axis counts in each bin, and how fast that changes as the bin moves: [P,Q,size] both."
+    length, n = hi - lo, ratio or max(0, math.ceil(((hi - lo)/bins).item()))
+    at = (lo + move + k*length/bins)[...,None] + (torch.arange(n, device=lo.device, dtype=lo.dtype) + .5)*length/bins/max(n, 1)   # [P,Q,n]
+    at = at.nan_to_num(-9.)
+    near = at.clamp(0, size - 1); low = near.floor(); part = near - low
+    inside = ((at >= -1) & (at <= size)).to(at)
+    held = (at <= 0) | (low >= size - 1)                                                      # at the border moving changes nothing
+    def share(first, second): # among the two pixels around each point
+        pixels = at.new_zeros((*k.shape, size)).scatter_add(-1, low.long(), first)
+        return pixels.scatter_add(-1, (low.long() + 1).clamp(max=size - 1), second)/max(n, 1)
+    slope = torch.where(held, 0, inside)
+    return share(inside*(1 - part), inside*part), share(-slope, slope)
 
-def _deform_pool(features, rois, offset, height, width, scale, sampling_ratio, gamma):
+def _lines(features, roi, offset, height, width, scale, ratio, gamma): # of one box, down and across; and how far an offset of 1 goes
+    x1, y1, x2, y2 = (roi[1:]*scale - .5).unbind()
+    p, q = torch.meshgrid(*(torch.arange(n, device=roi.device, dtype=roi.dtype) for n in (height, width)), indexing="ij")
+    far = gamma*(y2 - y1), gamma*(x2 - x1)
+    dy, dx = (far[0]*offset[1], far[1]*offset[0]) if offset is not None else (0, 0)
+    return _line(y1, y2, p, height, dy, ratio, features.shape[2]), _line(x1, x2, q, width, dx, ratio, features.shape[3]), far
+
+def _deform_pool(features, rois, offset, *rest):
     _refuse("deform_roi_pool", features, rois)
-    out = []
-    for r, (image, *box) in enumerate(rois.tolist()):
-        x1, y1, x2, y2 = (rois[r,1:]*scale - .5).unbind(); w, h = x2 - x1, y2 - y1
-        nx, ny = (sampling_ratio or math.ceil((v/n).item()) for v, n in ((w, width), (h, height)))
-        for p in range(height):
-            for q in range(width):
-                dx, dy = (0, 0) if offset is None else (gamma*w*offset[r,0,p,q], gamma*h*offset[r,1,p,q])
-                if nx < 1 or ny < 1: out.append(features.new_zeros(features.shape[1])); continue
-                grid = [a + d + k*s/n + (torch.arange(m, device=rois.device, dtype=rois.dtype) + .5)*s/n/m for a, d, k, s, n, m in ((y1, dy, p, h, height, ny), (x1, dx, q, w, width, nx))]
-                out.append(_sample(features[int(image)], *grid).mean((1, 2)))
-    return torch.stack(out).view(len(rois), height, width, -1) if out else features.new_zeros((0, height, width, features.shape[1])) + 0*features.sum()
+    out = features.new_zeros((len(rois), *rest[:2], features.shape[1]))
+    for r, image in enumerate(rois[:,0].long().tolist()):
+        (down, _), (across, _), _ = _lines(features, rois[r], None if offset is None else offset[r], *rest)
+        out[r] = torch.einsum("pqh,chw,pqw->pqc", down, features[image], across)
+    return out
 
 # %% ../../nbs/02_ops/10_pool.ipynb #deform-pool-backward
 def _deform_pool_backward(grad, features, rois, offset, *rest):
-    leaves = [t.detach().requires_grad_() for t in (features, offset) if t is not None]
-    with torch.enable_grad(): out = _deform_pool(leaves[0], rois, leaves[1] if offset is not None else None, *rest) + leaves[0].flatten()[:0].sum()  # part of the graph even where every RoI is empty
-    df, do = (*torch.autograd.grad(out, leaves, grad, allow_unused=True), None)[:2]
-    do = features.new_zeros((0, 2, *grad.shape[1:3])) if offset is None else torch.zeros_like(offset) if do is None else do.contiguous()
-    return torch.empty_like(features, memory_format=torch.channels_last).copy_(df), do
+    df = torch.zeros_like(features, memory_format=torch.channels_last)
+    do = features.new_zeros((0, 2, *rest[:2])) if offset is None else torch.zeros_like(offset, memory_format=torch.contiguous_format)
+    for r, image in enumerate(rois[:,0].long().tolist()):
+        (down, rise), (across, run), far = _lines(features, rois[r], None if offset is None else offset[r], *rest)
+        df[image] += torch.einsum("pqc,pqh,pqw->chw", grad[r], down, across)
+        if offset is None: continue
+        for i, y, x, step in ((0, down, run, far[1]), (1, rise, across, far[0])): do[r,i] = step*torch.einsum("pqc,pqh,chw,pqw->pq", grad[r], y, features[image], x)
+    return df, do
 
 def _deform_save(ctx, inputs, output):
     *tensors, ctx.h, ctx.w, ctx.scale, ctx.ratio, ctx.gamma = inputs
