@@ -43,7 +43,7 @@ from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.priors.points import regress_ranges
 from notebook_det.layers.norm import batch_norm
 from notebook_det.priors.default_boxes import DefaultBoxes
-from notebook_det.zoo import anchor_free, cascade, recipes as zoo, retina_variants, roi_variants, ssd
+from notebook_det.zoo import anchor_free, cascade, recipes as zoo, retina_variants, roi_variants, ssd, trident
 
 COLORS = [230, 159, 0, 0, 60, 255, 0, 130, 60] # of outlines: RBC orange, WBC blue, platelets green; nuclei in turn
 RATES, FROZEN = (.005, .01, .02, .04), 2
@@ -178,6 +178,15 @@ def ssd_vgg(d): # VGG-16 with a quarter of the channels, from scratch; SSD's nec
 def scratchdet(d): # root-ResNet-18 with a quarter of the channels, from scratch
     return build(ssd.scratchdet(d.classes, 18, anchors=boxes(6), planes=16))
 
+# ---- one-level detectors on their own backbones
+
+def tridentnet(d): # ResNet-50 with a quarter of the channels, from scratch; anchors of 16 … 128 pixels; RoIs of 8 × 8, 64 a branch
+    recipe = zoo.from_scratch(trident.tridentnet(50, d.classes, planes=16))
+    recipe.rpn_head.anchors.scales, recipe.roi_head.bbox_roi_extractor.output_size = (1, 2, 4, 8), 8
+    recipe.rpn_head.test_rule.max_proposals, recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 300, 64, d.detections
+    for head in (recipe.rpn_head, recipe.roi_head.bbox_head): head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
+    return build(recipe)
+
 @dataclass
 class Method:
     build:callable; data:str; rate:float; iterations:int = 600
@@ -196,6 +205,7 @@ METHODS = dict(
     ms_rcnn=Method(partial(ours, family=roi_variants.ms_rcnn), "dsb", .02),
     cascade_rcnn=Method(partial(ours, family=cascade.cascade_rcnn), "bccd", .01), cascade_mask_rcnn=Method(partial(ours, family=cascade.cascade_mask_rcnn), "dsb", .02),
     htc_without_semantic=Method(partial(ours, family=cascade.htc_without_semantic), "dsb", .02),
+    tridentnet=Method(tridentnet, "bccd", .02),
     mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
 
 # ---- training and evaluation, the same for both sides

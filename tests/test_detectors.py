@@ -4,7 +4,7 @@ import pytest, torch
 from notebook_det.backbones.vgg import VGG
 from notebook_det.foundations.recipes import Config, build
 from notebook_det.foundations.structures import Images, Instances, Trace
-from notebook_det.zoo import anchor_free, cascade, hrnet, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
+from notebook_det.zoo import anchor_free, cascade, dcn, hrnet, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
 
 K = 3
 RECIPES = {
@@ -23,6 +23,8 @@ RECIPES = {
 }
 RECIPES |= {name: lambda f=f: f(zoo.mobilenet_v2(), K, out_channels=32) for name, f in
             dict(retinanet_ghm=retina_variants.ghm_retinanet, libra_retinanet=retina_variants.libra_retinanet, ga_retinanet=retina_variants.ga_retinanet).items()}
+RECIPES |= {"faster_rcnn_dcn": lambda: dcn.with_dcn(zoo.faster_rcnn(zoo.resnet(18), K, out_channels=32), modulated=True, deform_groups=2, heads=True),
+            "mask_rcnn_mdpool": lambda: dcn.with_deform_pool(zoo.mask_rcnn(zoo.mobilenet_v2(), K, out_channels=32), modulated=True, fc_channels=32)}
 RECIPES["ga_rpn"] = lambda: retina_variants.ga_rpn(zoo.mobilenet_v2(), out_channels=32)
 RECIPES |= {f.__name__: lambda f=f: f(zoo.mobilenet_v2(), K, out_channels=32) for f in (roi_variants.double_head_rcnn, roi_variants.ms_rcnn, roi_variants.grid_rcnn)}
 RECIPES |= {"cascade_mask_rcnn": lambda: thin(cascade.cascade_mask_rcnn(zoo.mobilenet_v2(), K, out_channels=32)),
