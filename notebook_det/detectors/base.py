@@ -111,7 +111,7 @@ class Detector(nn.Module):
         was, found = self.training, []
         self.eval()
         try:
-            for i in range(0, len(photos), batch_size): found += self._predict([to_image(p) for p in photos[i:i+batch_size]])
+            for i in range(0, len(photos), batch_size): found += self._predict(photos[i:i+batch_size])
         finally: self.train(was)
         return [f[f.scores >= score] for f in found] if score > 0 else found
 
@@ -119,9 +119,10 @@ class Detector(nn.Module):
         if not self.test_scale: return h, w
         return fit_size(h, w, self.test_scale) if self.keep_ratio else (self.test_scale[1], self.test_scale[0])
     @torch.inference_mode()
-    def _predict(self, pictures):
+    def _predict(self, photos): return self(self.fitted_images([to_image(p) for p in photos]))
+    def fitted_images(self, pictures)->Images: # uint8 [3,H,W] each; they remember the sizes they had
         device = self.normalize.mean.device
         original = [tuple(p.shape[-2:]) for p in pictures]
         small = [resize_image(p, self.fitted(h, w)) for p,(h,w) in zip(pictures, original)]
         sizes = [tuple(p.shape[-2:]) for p in small]
-        return self(Images(stack(small, self.normalize.divisor, device), sizes, original))
+        return Images(stack(small, self.normalize.divisor, device), sizes, original)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['MODULES', 'small_names', 'recipe', 'refuse', 'known', 'names']
 
-# %% ../../nbs/14_zoo/20_recipes.ipynb #f9dda96e
+# %% ../../nbs/14_zoo/20_recipes.ipynb #b0911f7e
 import difflib, re
 from ..foundations.recipes import Config
-from . import anchor_free, attention, cascade, dcn, hrnet, norms, rcnn, retina_variants, roi_variants, ssd, trident
+from . import anchor_free, attention, cascade, dcn, hrnet, norms, rcnn, retina_variants, roi_variants, ssd, trident, two_stage_more
 from .parts import (Data, Experiment, NotYet, Schedule, caffe_pixels, channels, d2_pixels, find_row, fpn, from_scratch, laptop, mobilenet_v2, resnet,
                                     set_classes, stem, table, test_transform, tf_pixels, torchvision_pixels, train_transform)
 from .rcnn import bbox_head, faster_rcnn, faster_rcnn_c4, faster_rcnn_dc5, mask_rcnn, retinanet, roi_head, rpn, rpn_head
 
 # %% ../../nbs/14_zoo/20_recipes.ipynb #small-names
-MODULES = (rcnn, retina_variants, ssd, anchor_free, dcn, norms, attention, cascade, hrnet, roi_variants, trident) # one for each family of recipes: NAME, experiment(match), SMALL
+MODULES = (rcnn, retina_variants, ssd, anchor_free, dcn, norms, attention, cascade, hrnet, roi_variants, trident, two_stage_more) # one for each family of recipes: NAME, experiment(match), SMALL
 
 def small_names(): # names of our own, for a laptop
     return [n for m in MODULES for n in m.SMALL]
