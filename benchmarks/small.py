@@ -9,7 +9,7 @@ Both sides get the same pictures (uint8, cached after the resize) in the same or
 MobileNetV2, the same loop and evaluator. MobileNetV2: normalisation statistics and affines frozen; the first convolution and the stages of stride 2 and 4 frozen,
 like stem and first stage of the published recipes. Box losses of the two-stage detectors: smooth L1 with beta 1/9, torchvision's.
 """
-import argparse, datetime, json, math, os, platform, re, resource, sys, time, zlib
+import argparse, datetime, json, math, os, platform, re, resource, sys, tempfile, time, zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from notebook_det.data.coco import CocoDetection
 from notebook_det.data.loaders import make_loader
+from notebook_det.data.proposals import collect, read_proposals, save_proposals
 from notebook_det.data.transforms import RandomFlip, Resize
 from notebook_det.evaluation.coco import CocoEvaluator, per_class, summary
 from notebook_det.backbones.vgg import VGG
@@ -43,7 +44,7 @@ from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.priors.points import regress_ranges
 from notebook_det.layers.norm import batch_norm
 from notebook_det.priors.default_boxes import DefaultBoxes
-from notebook_det.zoo import anchor_free, cascade, recipes as zoo, retina_variants, roi_variants, ssd, trident
+from notebook_det.zoo import anchor_free, cascade, dcn, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
 
 COLORS = [230, 159, 0, 0, 60, 255, 0, 130, 60] # of outlines: RBC orange, WBC blue, platelets green; nuclei in turn
 RATES, FROZEN = (.005, .01, .02, .04), 2
@@ -67,14 +68,14 @@ DATA = dict(
 
 class Cached(torch.utils.data.Dataset):
     "A data set read and resized once, kept as uint8 in memory; the loader's seed decides on the flips, whatever the model draws."
-    def __init__(self, d, train):
+    def __init__(self, d, train, flip=None, extras=()): # flip: None: in training only
         folder = SHARED/d.folder
-        self.source = CocoDetection(folder/(d.train if train else d.test), folder/d.images, transforms=Resize(size=d.size), masks=d.masks)
-        self.items, self.flip = [self.source[i] for i in range(len(self.source))], RandomFlip(.5) if train else None
+        self.source = CocoDetection(folder/(d.train if train else d.test), folder/d.images, transforms=Resize(size=d.size), masks=d.masks, extras=extras)
+        self.items, self.flip = [self.source[i] for i in range(len(self.source))], RandomFlip(.5) if (train if flip is None else flip) else None
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.flip(*self.items[i]) if self.flip else self.items[i]
 
-def loader(d, train, seed): return make_loader(Cached(d, train), BATCH, train=train, workers=0, seed=seed, group_by_aspect=False)
+def loader(d, train, seed, extras=()): return make_loader(Cached(d, train, extras=extras), BATCH, train=train, workers=0, seed=seed, group_by_aspect=False)
 def endless(batches):
     while True: yield from batches
 # ---- torchvision's models
@@ -133,8 +134,9 @@ def ours(d, family):
             elif getattr(a, "scales", None) == (4,): a.scales = (2,)
         if hasattr(recipe.bbox_head, "points"): recipe.bbox_head.assigner.ranges = regress_ranges(anchor_free.STRIDES, 4) # half of COCO's, as RetinaNet's anchors
     else:
-        recipe.rpn_head.anchors.scales = (d.scale,)
-        recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 500
+        rpn = getattr(recipe, "rpn_head", None)         # Fast R-CNN has none
+        if rpn is not None and hasattr(rpn, "anchors"): # guided anchoring makes its own, and fewer proposals
+            rpn.anchors.scales, rpn.train_rule.max_proposals, rpn.test_rule.max_proposals = (d.scale,), 500, 500
         recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 128, d.detections
         for head in select(recipe, object): # torchvision's box loss where the recipe has L1; a method's own loss stays
             if isinstance(loss := getattr(head, "loss_bbox", None), Config) and get_callable(loss) is L1Loss: head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
@@ -178,7 +180,22 @@ def ssd_vgg(d): # VGG-16 with a quarter of the channels, from scratch; SSD's nec
 def scratchdet(d): # root-ResNet-18 with a quarter of the channels, from scratch
     return build(ssd.scratchdet(d.classes, 18, anchors=boxes(6), planes=16))
 
-# ---- one-level detectors on their own backbones
+# ---- one-level detectors on their own backbones, from scratch
+
+def faster_rcnn_c4(d): # ResNet-50 with a quarter of the channels; anchors of 16 … 128 pixels; RoIs of 8 × 8
+    recipe = zoo.from_scratch(zoo.faster_rcnn_c4(50, d.classes, planes=16))
+    recipe.rpn_head.anchors.scales, recipe.roi_head.bbox_roi_extractor.output_size = (1, 2, 4, 8), 8
+    return one_level(recipe, d)
+
+def rfcn(d, ohem): # ResNet-18 with half of the channels, stride 8; nine places in a box; anchors of 16 … 128 pixels
+    recipe = two_stage_more.rfcn(18, d.classes, ohem, bins=3, stride=8, scales=(2, 4, 8, 16), planes=32, style="pytorch", pixels=zoo.torchvision_pixels())
+    return one_level(zoo.from_scratch(recipe), d)
+
+def one_level(recipe, d):
+    recipe.rpn_head.train_rule.max_proposals = recipe.rpn_head.test_rule.max_proposals = 300
+    recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 128, d.detections
+    for head in (recipe.rpn_head, recipe.roi_head.bbox_head): head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
+    return build(recipe)
 
 def tridentnet(d): # ResNet-50 with a quarter of the channels, from scratch; anchors of 16 … 128 pixels; RoIs of 8 × 8, 64 a branch
     recipe = zoo.from_scratch(trident.tridentnet(50, d.classes, planes=16))
@@ -187,10 +204,28 @@ def tridentnet(d): # ResNet-50 with a quarter of the channels, from scratch; anc
     for head in (recipe.rpn_head, recipe.roi_head.bbox_head): head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
     return build(recipe)
 
+def deformed_pool(*a, modulated=True, **kw): return dcn.with_deform_pool(zoo.faster_rcnn(*a, **kw), modulated, fc_channels=256)
+
+# ---- proposals from a file
+
+def first_stage(d, a): # → proposals of the training and of the test pictures, read from files that a region proposal network wrote
+    recipe = zoo.rpn(zoo.mobilenet_v2(frozen_stages=FROZEN), zoo.tf_pixels(), 128)
+    head = recipe.bbox_head
+    head.anchors.scales, head.loss_bbox = (d.scale,), Config(SmoothL1Loss, beta=1/9)
+    head.train_rule.max_proposals = head.test_rule.max_proposals = 500
+    torch.manual_seed(a.seed)
+    model, files = imagenet_start(build(recipe)), Path(tempfile.mkdtemp())
+    print("first the region proposal network", flush=True)
+    train(model, loader(d, True, a.seed), Method(None, "", .01, a.iterations or 300))
+    model.eval()
+    found = [collect(model, make_loader(Cached(d, k, flip=False), BATCH, train=False)) for k in (True, False)]
+    return [read_proposals(save_proposals(p, files/f"{i}.npz")) for i,p in enumerate(found)]
+
 @dataclass
 class Method:
     build:callable; data:str; rate:float; iterations:int = 600
     clip:float = 10. # largest gradient norm, 0: none
+    first:callable = None # what must be there before: → extras of the training and of the test set
 
 METHODS = dict(
     faster_rcnn=Method(partial(ours, family=zoo.faster_rcnn), "bccd", .01), tv_faster_rcnn=Method(tv_two_stage, "bccd", .01),
@@ -205,7 +240,13 @@ METHODS = dict(
     ms_rcnn=Method(partial(ours, family=roi_variants.ms_rcnn), "dsb", .02),
     cascade_rcnn=Method(partial(ours, family=cascade.cascade_rcnn), "bccd", .01), cascade_mask_rcnn=Method(partial(ours, family=cascade.cascade_mask_rcnn), "dsb", .02),
     htc_without_semantic=Method(partial(ours, family=cascade.htc_without_semantic), "dsb", .02),
-    tridentnet=Method(tridentnet, "bccd", .02),
+    faster_rcnn_dpool=Method(partial(ours, family=partial(deformed_pool, modulated=False)), "bccd", .01), faster_rcnn_mdpool=Method(partial(ours, family=deformed_pool), "bccd", .01),
+    fcos_dcn=Method(partial(ours, family=lambda *a, **kw: anchor_free.improved(dcn.with_dcn(anchor_free.fcos(*a, **kw), (), modulated=True, heads=True))), "bccd", .01, 1200),
+    tridentnet=Method(tridentnet, "bccd", .02), faster_rcnn_c4=Method(faster_rcnn_c4, "bccd", .02),
+    rfcn=Method(partial(rfcn, ohem=False), "bccd", .02), rfcn_ohem=Method(partial(rfcn, ohem=True), "bccd", .02),
+    fast_rcnn=Method(partial(ours, family=two_stage_more.fast_rcnn), "bccd", .01, first=first_stage),
+    **{n: Method(partial(ours, family=f), "bccd", .01) for n,f in dict(libra_faster_rcnn=retina_variants.libra_faster_rcnn, ga_faster_rcnn=retina_variants.ga_faster_rcnn,
+        faster_rcnn_ohem=lambda *a, **kw: two_stage_more.with_ohem(zoo.faster_rcnn(*a, **kw)), faster_rcnn_soft_nms=lambda *a, **kw: two_stage_more.with_soft_nms(zoo.faster_rcnn(*a, **kw))).items()},
     mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
 
 # ---- training and evaluation, the same for both sides
@@ -307,11 +348,12 @@ def run(name, a, rate):
     m = replace(m, rate=rate or m.rate, iterations=a.iterations or (120 if a.sweep else m.iterations), clip=m.clip if a.clip is None else a.clip)
     d, model, row = DATA[m.data], make(name, a), dict(method=name, data=m.data, iterations=m.iterations, batch=BATCH, lr=m.rate, clip=m.clip, **setting(a))
     print(f"{name}: {m.iterations} iterations of {BATCH}, rate {m.rate:g}, gradient norm at most {m.clip or 'anything'}, seed {a.seed}, {m.data}", flush=True)
-    try: curve, times, crc = train(model, loader(d, True, a.seed), m)
+    extras = [[e] for e in m.first(d, a)] if m.first else [(), ()]
+    try: curve, times, crc = train(model, loader(d, True, a.seed, extras[0]), m)
     except FloatingPointError as e:
         if a.sweep: return append(row | dict(failed=str(e)), "sweep.jsonl")
         sys.exit(f"{name}: {e}")
-    metrics, test_times, pictures = test(model, loader(d, False, a.seed), d)
+    metrics, test_times, pictures = test(model, loader(d, False, a.seed, extras[1]), d)
     params, stem = list(model.parameters()), f"{name}_lr{m.rate:g}_clip{m.clip:g}_i{m.iterations}_seed{a.seed}"
     row |= dict(**metrics, loss=curve[-1]["loss"], **seconds("s_per_iteration", times), **seconds("inference_s_per_image", test_times),
                 peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, parameters=sum(p.numel() for p in params),
