@@ -59,7 +59,7 @@ def transition(
 
 # %% ../../nbs/06_backbones/05_hrnet.ipynb #hrnet
 class HRNet(KeepsFrozen):
-    "Images [B,3,H,W] to maps 4, 8, 16 and 32 times smaller, which were computed side by side (Wang et al., 2019)."
+    "Images [B,3,H,W] to maps 4, 8, 16 and 32 times smaller, which were computed side by side (Sun et al., 2019)."
     def __init__(self,
                  width:int=32,                    # channels of the finest stream, each coarser one has twice as many: 18, 32, 40 (48)
                  planes:int=64,                   # channels of the stem

@@ -13,7 +13,7 @@ from ..layers.conv import ConvNormAct, caffe2_xavier, init_weights
 
 # %% ../../nbs/07_necks/06_hrfpn.ipynb #hrfpn
 class HRFPN(nn.Module):
-    "Maps of parallel streams to levels of equal channels, finest first (Sun et al., 2019: HRNetV2p)."
+    "Maps of parallel streams to levels of equal channels, finest first (Wang et al., 2019: HRNetV2p)."
     def __init__(self,
                  in_channels,           # of each map, finest first
                  out_channels:int=256,  # of every level
