@@ -37,14 +37,16 @@ from notebook_det.data.proposals import collect, read_proposals, save_proposals
 from notebook_det.data.transforms import RandomFlip, Resize
 from notebook_det.evaluation.coco import CocoEvaluator, per_class, summary
 from notebook_det.backbones.vgg import VGG
-from notebook_det.foundations.recipes import Config, build, select
+from notebook_det.foundations.recipes import Config, Partial, build, select
 from notebook_det.foundations.structures import Instances
 from notebook_det.losses.regression import L1Loss, SmoothL1Loss
 from notebook_det.backbones.mobilenet import from_torchvision
 from notebook_det.priors.points import regress_ranges
-from notebook_det.layers.norm import batch_norm
+from notebook_det.layers.attention import ContextBlock, GeneralizedAttention
+from notebook_det.layers.norm import batch_norm, group_norm
+from notebook_det.layers.weight_standardisation import WSConv2d
 from notebook_det.priors.default_boxes import DefaultBoxes
-from notebook_det.zoo import anchor_free, cascade, dcn, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
+from notebook_det.zoo import anchor_free, attention, cascade, dcn, norms, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
 
 COLORS = [230, 159, 0, 0, 60, 255, 0, 130, 60] # of outlines: RBC orange, WBC blue, platelets green; nuclei in turn
 RATES, FROZEN = (.005, .01, .02, .04), 2
@@ -221,6 +223,11 @@ def first_stage(d, a): # → proposals of the training and of the test pictures,
     found = [collect(model, make_loader(Cached(d, k, flip=False), BATCH, train=False)) for k in (True, False)]
     return [read_proposals(save_proposals(p, files/f"{i}.npz")) for i,p in enumerate(found)]
 
+# ---- general modules in Faster R-CNN: normalised pyramid and heads (two convolutions and a linear layer); context and attention on the backbone's maps
+
+def faster_gn(*args, conv=None, **kw): return norms.with_norm(norms.conv_heads(zoo.faster_rcnn(*args, **kw), 2), group_norm, conv, ("neck", "head"))
+def faster_maps(*args, make, **kw): return attention.on_maps(zoo.faster_rcnn(*args, **kw), make)
+
 @dataclass
 class Method:
     build:callable; data:str; rate:float; iterations:int = 600
@@ -247,6 +254,9 @@ METHODS = dict(
     fast_rcnn=Method(partial(ours, family=two_stage_more.fast_rcnn), "bccd", .01, first=first_stage),
     **{n: Method(partial(ours, family=f), "bccd", .01) for n,f in dict(libra_faster_rcnn=retina_variants.libra_faster_rcnn, ga_faster_rcnn=retina_variants.ga_faster_rcnn,
         faster_rcnn_ohem=lambda *a, **kw: two_stage_more.with_ohem(zoo.faster_rcnn(*a, **kw)), faster_rcnn_soft_nms=lambda *a, **kw: two_stage_more.with_soft_nms(zoo.faster_rcnn(*a, **kw))).items()},
+    faster_rcnn_gn=Method(partial(ours, family=faster_gn), "bccd", .01), faster_rcnn_gn_ws=Method(partial(ours, family=partial(faster_gn, conv=WSConv2d)), "bccd", .01),
+    faster_rcnn_gcnet=Method(partial(ours, family=partial(faster_maps, make=Partial(ContextBlock, ratio=1/4))), "bccd", .01),
+    faster_rcnn_attention=Method(partial(ours, family=partial(faster_maps, make=Partial(GeneralizedAttention, kind="0010"))), "bccd", .01),
     mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
 
 # ---- training and evaluation, the same for both sides

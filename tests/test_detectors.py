@@ -2,9 +2,11 @@
 import copy, io, pickle
 import pytest, torch
 from notebook_det.backbones.vgg import VGG
-from notebook_det.foundations.recipes import Config, build
+from notebook_det.foundations.recipes import Config, Partial, build
 from notebook_det.foundations.structures import Images, Instances, Trace
-from notebook_det.zoo import anchor_free, cascade, dcn, hrnet, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
+from notebook_det.layers.norm import group_norm
+from notebook_det.layers.weight_standardisation import WSConv2d
+from notebook_det.zoo import anchor_free, attention, cascade, dcn, hrnet, norms, recipes as zoo, retina_variants, roi_variants, ssd, trident, two_stage_more
 
 K = 3
 RECIPES = {
@@ -36,6 +38,8 @@ RECIPES |= {
     "faster_rcnn_ohem": lambda: two_stage_more.with_ohem(zoo.faster_rcnn(zoo.mobilenet_v2(), K, out_channels=32)),
     "faster_rcnn_soft_nms": lambda: two_stage_more.with_soft_nms(zoo.faster_rcnn(zoo.mobilenet_v2(), K, out_channels=32)),
     "rfcn": lambda: two_stage_more.rfcn(18, K, bins=3, stride=8, scales=(2, 4, 8, 16), planes=8, style="pytorch", pixels=zoo.torchvision_pixels())}
+RECIPES["faster_rcnn_gn_ws"] = lambda: norms.with_norm(norms.conv_heads(zoo.faster_rcnn(zoo.resnet(18, planes=16), K, out_channels=32), 1), Partial(group_norm, groups=8), WSConv2d)
+RECIPES["retinanet_attention"] = lambda: attention.with_attention(attention.with_context(zoo.retinanet(zoo.resnet(18, planes=16), K, out_channels=32)))
 HEAVY = {"faster_rcnn_c4": lambda: zoo.faster_rcnn_c4(50, K), "faster_rcnn_dc5": lambda: zoo.faster_rcnn_dc5(50, K)}
 
 
