@@ -48,7 +48,7 @@ class Trident(TwoStage):
                  backbone,           # TridentResNet
                  neck, rpn_head, roi_head, normalize=None, test_scale=(1333, 800), classes=None, # as in TwoStage
                  ranges=None,        # per branch (low, high) side of its objects, pixels of pictures on disk; None: every object is everyone's
-                 all_branches=False):# detections of all of them; False: of the backbone's `branch` alone, three times as fast
+                 all_branches=False):# detections of all of them; False: of the backbone's `branch` alone, which is much faster
         super().__init__(backbone, neck, rpn_head, roi_head, normalize, test_scale, classes)
         self.ranges, self.all_branches = ranges, all_branches
         if ranges is not None and len(ranges) != len(backbone.branches): raise ValueError(f"{len(ranges)} ranges of sizes for {len(backbone.branches)} branches")
