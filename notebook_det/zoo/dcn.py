@@ -35,7 +35,7 @@ def with_dcn(
         if not takes(backbone, "conv2"): raise ValueError(f"{name_of(backbone)} has no stages whose convolutions could become deformable")
         backbone.conv2 = tuple(make() if s else None for s in stages)
     for node in select(model, object):
-        if name_of(node) == "ResLayer" and stages[node.stage]: node.conv2 = make()
+        if name_of(node) == "ResLayer" and any(stages[node.stage:node.stage+1]): node.conv2 = make()
         key = next((k for k in ("last_conv", "conv") if takes(node, k)), None)
         if heads and key and name_of(node).endswith("Head"): setattr(node, key, make())
     return model
@@ -49,9 +49,11 @@ def with_deform_pool(
     **kw,            # any argument of DeformRoIExtractor
 )->Config:
     "What the box head reads comes from bins that moved."
-    roi = model.roi_head
-    old = {k: v for k,v in fdl.ordered_arguments(roi.bbox_roi_extractor).items() if k != "aligned"}
-    roi.bbox_roi_extractor = Config(DeformRoIExtractor, **(old | dict(channels=model.neck.out_channels, modulated=modulated) | kw))
+    if not takes(model, "roi_head"): raise ValueError(f"{name_of(model)} has no RoIs whose pooling could be deformable")
+    channels = kw.get("channels") or getattr(model.neck, "out_channels", None)
+    if channels is None: raise ValueError("this detector's neck does not say how many channels its maps have: give channels=")
+    old = {k: v for k,v in fdl.ordered_arguments(model.roi_head.bbox_roi_extractor).items() if k != "aligned"}
+    model.roi_head.bbox_roi_extractor = Config(DeformRoIExtractor, **(old | dict(modulated=modulated) | kw | dict(channels=channels)))
     return model
 
 # %% ../../nbs/14_zoo/11_dcn.ipynb #experiment
