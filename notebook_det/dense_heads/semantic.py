@@ -43,7 +43,7 @@ class SemanticHead(nn.Module):
         self.num_labels, self.loss, self.num_levels, self.level, self.stride = num_labels, loss, num_levels, level, stride
         layer = lambda c, k: ConvNormAct(c, channels, k, padding=k//2, norm=norm, conv=conv)
         self.lateral_convs = nn.ModuleList([layer(in_channels, 1) for _ in range(num_levels)])
-        self.convs = nn.ModuleList([layer(in_channels if i == 0 else channels, 3) for i in range(num_convs)])
+        self.convs = nn.ModuleList([layer(channels, 3) for _ in range(num_convs)])
         self.conv_embedding, self.conv_logits = layer(channels, 1), init_weights(nn.Conv2d(channels, num_labels, 1), kaiming)
 
     def forward(self, features): # list of [B,C,H,W], finest first → class logits [B,L,H,W], features [B,C,H,W]
