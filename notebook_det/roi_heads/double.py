@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['WideningBlock', 'DoubleHead', 'DoubleRoIHead']
 
-# %% ../../nbs/09_roi_heads/07_double.ipynb #16417989
-import torch
-from torch import Tensor, nn
+# %% ../../nbs/09_roi_heads/07_double.ipynb #79bd3dd9
+from torch import nn
 from ..layers.conv import ConvNormAct, init_weights, normal, xavier
 from ..layers.norm import batch_norm
 from ..losses.classification import full

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['neighbours', 'messages', 'starts', 'GridHead', 'shake', 'grid_targets', 'boxes_of', 'GridRoIHead']
 
-# %% ../../nbs/09_roi_heads/09_grid.ipynb #0f1c8906
+# %% ../../nbs/09_roi_heads/09_grid.ipynb #466af616
 from functools import partial
 import torch
 from torch import Tensor, nn
-from ..foundations.structures import part
 from ..layers.conv import ConvNormAct, init_weights, kaiming, normal, prior_bias
 from ..layers.norm import group_norm
 from ..losses.classification import full
