@@ -203,6 +203,7 @@ def tridentnet(d): # ResNet-50 with a quarter of the channels, from scratch; anc
     recipe = zoo.from_scratch(trident.tridentnet(50, d.classes, planes=16))
     recipe.rpn_head.anchors.scales, recipe.roi_head.bbox_roi_extractor.output_size = (1, 2, 4, 8), 8
     recipe.rpn_head.test_rule.max_proposals, recipe.roi_head.sampler.num, recipe.roi_head.rule.max_detections = 300, 64, d.detections
+    recipe.roi_head.sampler.add_gt = True # as the other methods here: before the proposals are any good, there is something to learn from
     for head in (recipe.rpn_head, recipe.roi_head.bbox_head): head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
     return build(recipe)
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from notebook_det.backbones.hrnet import HRNet
 from notebook_det.backbones.resnet import ResNet
 from notebook_det.backbones.trident import TridentResNet
+from notebook_det.detectors.tta import predict_views
 from notebook_det.detectors.trident import merge_branches, of_size, zoom_of
 from notebook_det.foundations.recipes import Config, build, from_json, to_json
 from notebook_det.foundations.structures import IGNORED, NEGATIVE, POSITIVE, Images, Instances, Trace
@@ -182,6 +183,14 @@ def test_all_branches_are_merged():
     fast = model(x)[0]
     model.backbone.branch = 0
     assert not torch.equal(fast.boxes[:3], model(x)[0].boxes[:3])             # another branch, another answer
+
+
+def test_several_views():
+    "Test-time augmentation asks one branch; with all of them it says that it cannot."
+    model = make()
+    with pytest.raises(NotImplementedError, match="set all_branches to False"): predict_views(model, picture())
+    model.all_branches, model.test_scale = False, (128, 96)
+    assert len(predict_views(model, picture(), scales=(1.,), flip=False)) == len(model.predict(picture()))
 
 
 def test_merging_by_hand():

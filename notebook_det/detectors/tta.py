@@ -119,6 +119,7 @@ def predict_views(
     return found[found.scores >= score] if score > 0 else found
 
 def how_to_merge(model): # function (model, views) → Instances
+    if getattr(model, "all_branches", False): raise NotImplementedError("several views cannot be merged while all branches of a TridentNet answer: set all_branches to False")
     if hasattr(model, "roi_head"):
         if not getattr(model.roi_head, "mergeable", True) or not hasattr(model.roi_head, "bbox_roi_extractor") or not hasattr(model.roi_head.bbox_head, "coder") or not hasattr(model, "rpn_head"): raise NotImplementedError(f"several views cannot be merged for {type(model.roi_head).__name__}: use predict")
         return two_stage_views

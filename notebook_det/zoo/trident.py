@@ -49,7 +49,7 @@ def experiment(m)->Config|None: # m: a match of NAME
 def small()->Config:
     "For a laptop: a ResNet-50 with a quarter of the channels, from scratch."
     model = tridentnet(planes=16, test_scale=(640, 480))
-    model.roi_head.bbox_roi_extractor.output_size, model.roi_head.sampler.num = 8, 64
+    model.roi_head.bbox_roi_extractor.output_size, model.roi_head.sampler.num, model.roi_head.sampler.add_gt = 8, 64, True
     return laptop(model, "tridentnet_narrow")
 
 SMALL = {"tridentnet_narrow": small}
