@@ -29,7 +29,9 @@ def plugged(
     backbone = model.backbone if takes(model, "backbone") else model
     if not takes(backbone, "plugins"): raise ValueError(f"{name_of(backbone)} takes no plugins; `on_maps` puts a module behind it")
     if backbone.depth in (18, 34): after = min(after, 2)                     # their blocks have two convolutions
-    backbone.plugins = (*backbone.plugins, Config(Plugin, name, make, after, tuple(i for i, s in enumerate(stages) if s)))
+    where = tuple(i for i, s in enumerate(stages) if s)
+    if any(p.name == name and set(p.stages) & set(where) for p in backbone.plugins): raise ValueError(f"a stage of this backbone has a {name} already")
+    backbone.plugins = (*backbone.plugins, Config(Plugin, name, make, after, where))
     return model
 
 def with_context(model, ratio=1/16, stages=(False, True, True, True))->Config: # as `plugged`; any of `ContextBlock`'s ratios
