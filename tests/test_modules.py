@@ -10,13 +10,13 @@ from notebook_det.layers.weight_standardisation import WSConv2d
 from notebook_det.losses.regression import BalancedL1Loss, L1Loss, SmoothL1Loss
 from notebook_det.priors.samplers import BalancedSampler
 from notebook_det.roi_heads.bbox import BBoxHead
-from notebook_det.zoo import anchor_free, attention, cascade, dcn, norms, recipes as zoo, retina_variants, ssd
+from notebook_det.zoo import anchor_free, attention, cascade, dcn, hrnet, norms, recipes as zoo, retina_variants, ssd
 from notebook_det.zoo.parts import takes
 
 K, C = 3, 16
 
 
-def narrow(**kw): return zoo.resnet(18, planes=8, frozen_stages=-1, **kw)
+def narrow(depth=18, **kw): return zoo.resnet(depth, planes=8, frozen_stages=-1, **kw)
 
 
 def quick(model):
@@ -28,18 +28,24 @@ def quick(model):
     return model
 
 
-FAMILIES = {
-    "RetinaNet": lambda: zoo.retinanet(narrow(), K, out_channels=C),
-    "FCOS": lambda: anchor_free.fcos(narrow(), K, out_channels=32),
-    "SSD": lambda: ssd.ssd(narrow(out_indices=(1, 2), num_stages=3), K),
-    "Faster R-CNN": lambda: quick(zoo.faster_rcnn(narrow(), K, out_channels=C)),
-    "Mask R-CNN": lambda: quick(zoo.mask_rcnn(narrow(), K, out_channels=C)),
-    "Cascade": lambda: quick(cascade.cascade_rcnn(narrow(), K, out_channels=C)),
+FAMILIES = { # backbone → recipe
+    "RetinaNet": lambda b: zoo.retinanet(b, K, out_channels=C),
+    "FCOS": lambda b: anchor_free.fcos(b, K, out_channels=32),
+    "SSD": lambda b: ssd.ssd(b, K),
+    "Faster R-CNN": lambda b: quick(zoo.faster_rcnn(b, K, out_channels=C)),
+    "Mask R-CNN": lambda b: quick(zoo.mask_rcnn(b, K, out_channels=C)),
+    "Cascade R-CNN": lambda b: quick(cascade.cascade_rcnn(b, K, out_channels=C)),
 }
+ONE_STAGE = ("RetinaNet", "FCOS", "SSD")
+
+
+def family(name, *args, **kw): # arguments of `narrow`
+    if name == "SSD": kw |= dict(out_indices=(1, 2), num_stages=3)          # reads two maps
+    return FAMILIES[name](narrow(*args, **kw))
 
 
 def normalised(norm, conv=None):
-    "The norm wherever the detector has one to choose: RetinaNet's towers and SSD's maps are published without."
+    "The norm wherever the detector has one to choose: SSD's maps are published without."
     def change(model):
         where = [p for p in norms.PLACES if any(takes(n, "norm") for n in norms.nodes_of(model, p))]
         return norms.with_norm(model, norm, conv, where)
@@ -85,10 +91,15 @@ MODULES = {
     "balanced pyramid": balanced_neck,
     "balanced L1": balanced_loss,
     "balanced sampler": balanced_samples,
+    "deformable RoI pooling": lambda m: dcn.with_deform_pool(m, fc_channels=16),
+    "… with strengths (v2)": lambda m: dcn.with_deform_pool(m, modulated=True, fc_channels=16),
+    "ResNeXt": None, "HRNet and its pyramid": None, "mixed precision": lambda m: m,
 }
 NOT = {("guided anchors", "FCOS"): "has points instead of anchors", ("guided anchors", "SSD"): "its boxes have the same shapes at every place by design",
        ("balanced pyramid", "SSD"): "its maps have different channels", ("balanced L1", "FCOS"): "its box loss is an overlap",
-       **{("balanced sampler", f): "draws no samples" for f in ("RetinaNet", "FCOS", "SSD")}}
+       ("HRNet and its pyramid", "SSD"): "makes its own pyramid, of two maps",
+       **{("balanced sampler", f): "draws no samples" for f in ONE_STAGE},
+       **{(m, f): "reads no boxes" for m in ("deformable RoI pooling", "… with strengths (v2)") for f in ONE_STAGE}}
 TABLE = {}
 
 
@@ -99,19 +110,26 @@ def batch():
     return images, [Instances(torch.tensor([[6., 8, 38, 40]]), torch.tensor([1]), masks=mask) for _ in range(2)]
 
 
-def works(module, family):
+def recipe(module, name):
+    "The family's detector with the module in it."
+    if module == "ResNeXt": return family(name, 50, groups=2, width=64)
+    if module == "HRNet and its pyramid": return hrnet.with_hrfpn(FAMILIES[name](hrnet.hrnet(8, planes=8, modules=(1, 1, 1), blocks=1)))
+    return MODULES[module](family(name))
+
+
+def works(module, name):
     "Builds, trains a step and predicts; returns the detector."
     torch.manual_seed(0)
-    model = build(MODULES[module](FAMILIES[family]())).train()
+    model, mixed = build(recipe(module, name)).train(), torch.autocast("cpu", torch.bfloat16, enabled=module == "mixed precision")
     images, targets = batch()
     learns = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     opt = torch.optim.SGD([p for _, p in learns], 1e-3)
-    losses = model(images, targets)
-    assert all(torch.isfinite(v) for v in losses.values()), losses
+    with mixed: losses = model(images, targets)
+    assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values()), losses
     sum(losses.values()).backward()
     assert [n for n, p in learns if p.grad is None or not p.grad.isfinite().all()] == []
     opt.step()
-    found = model.eval()(images)
+    with mixed: found = model.eval()(images)
     assert len(found) == 2 and all(torch.isfinite(f.boxes).all() for f in found)
     return model
 
@@ -123,15 +141,15 @@ def text():
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)) for r in rows) + "\n" + "\n".join(f"– {m}, {f}: {why}" for (m, f), why in NOT.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("module", MODULES)
-def test_trains_and_predicts(module, family):
-    if (module, family) in NOT: TABLE[module, family] = "–"; return
-    plain, model = build(FAMILIES[family]()), works(module, family)
+def test_trains_and_predicts(module, name):
+    if (module, name) in NOT: TABLE[module, name] = "–"; return
+    plain, model = build(family(name)), works(module, name)
     parts = lambda m: {(n, type(p).__name__, tuple(p.shape)) for n, p in m.named_parameters()} | {type(p).__name__ for p in m.modules()}
-    if module != "balanced sampler": assert parts(plain) != parts(model)          # the module is really there
-    else: assert type(model.roi_head.sampler).__name__ == "BalancedSampler"
-    TABLE[module, family] = "✓"
+    if module == "balanced sampler": assert type(model.roi_head.sampler).__name__ == "BalancedSampler"
+    elif module != "mixed precision": assert parts(plain) != parts(model)          # the module is really there
+    TABLE[module, name] = "✓"
 
 
 def test_the_table_is_full(capsys):

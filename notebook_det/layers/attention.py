@@ -71,8 +71,7 @@ class GeneralizedAttention(nn.Module):
         super().__init__()
         _check(channels, kind, heads)
         self.terms, self.heads, self.kv_stride = tuple(b == "1" for b in kind), heads, kv_stride
-        (qk, qp, k, p), limit = self.terms, (2 * channels / heads) ** -.5
-        linear = partial(nn.Conv2d, channels, channels, 1)
+        (qk, qp, k, p), limit, linear = self.terms, (2 * channels / heads) ** -.5, partial(nn.Conv2d, channels, channels, 1)
         if qk or qp: self.query_conv = linear(bias=False)
         if qk or k: self.key_conv = linear(bias=False)
         if qp or p: self.appr_geom_fc_x, self.appr_geom_fc_y = (nn.Linear(channels // 2, channels, bias=False) for _ in range(2))
@@ -87,21 +86,20 @@ class GeneralizedAttention(nn.Module):
         waves = sinusoids(queries, keys, self.kv_stride, fc.in_features).to(fc.weight)
         return (fc(waves) / math.sqrt(2)).unflatten(-1, (self.heads, -1)).movedim(2, 0)   # [q,k,C] → [q,k,M,C/M] → [M,q,k,C/M]
 
-    def energy(self, x, # [B,C,h,w]
-               terms=None): # four truth values: some of its terms only; None: all it has
+    def energy(self, x, terms=None): # [B,C,h,w]; four truth values: some of its terms only, None: all it has
         "How much each place wants to hear from each key: [B,M,h,w,h',w'], or size 1 where it is the same for all pictures or places."
         (qk, qp, k, p), (h, w), keys = terms or self.terms, x.shape[2:], x[..., ::self.kv_stride, ::self.kv_stride]
         query, total = self.split(self.query_conv(x)) if qk or qp else 0, x.new_zeros(1, 1, 1, 1, *keys.shape[2:])
+        everybody = lambda bias: bias.view(1, self.heads, 1, 1, -1)                        # [C] → [1,M,1,1,C/M]
         if qk or k:
-            who = (query if qk else 0) + (self._bias(self.appr_bias) if k else 0)          # [B|1,M,h|1,w|1,C/M]
+            who = (query if qk else 0) + (everybody(self.appr_bias) if k else 0)          # [B|1,M,h|1,w|1,C/M]
             total = total + torch.einsum("bmhwc,bmyxc->bmhwyx", who, self.split(self.key_conv(keys)))
         if qp or p:
-            who = (query if qp else 0) + (self._bias(self.geom_bias) if p else 0)
+            who = (query if qp else 0) + (everybody(self.geom_bias) if p else 0)
             across = torch.einsum("bmhwc,mwxc->bmhwx", who, self.distances(self.appr_geom_fc_x, w, keys.shape[3]).to(who.dtype))
             down = torch.einsum("bmhwc,mhyc->bmhwy", who, self.distances(self.appr_geom_fc_y, h, keys.shape[2]).to(who.dtype))
             total = total + across[..., None, :] + down[..., None]
         return total
-    def _bias(self, bias): return bias.view(1, self.heads, 1, 1, -1)                       # [C] → [1,M,1,1,C/M]
 
     def attention(self, x, terms=None)->Tensor: # as `energy`, but all keys together 1
         e = self.energy(x, terms)
