@@ -75,7 +75,7 @@ def small(name)->Config: # a key of SMALL
     experiment = small_rcnn(masks="mask" in name)
     if "pool" in name: with_deform_pool(experiment.model, "mdpool" in name, fc_channels=256)
     else: with_dcn(experiment.model, (), modulated=True, heads=True)
-    experiment.name = name
+    experiment.name, experiment.schedule.offset_lr = name, .1
     return experiment
 
 SMALL = {f"{n}_mobilenet": lambda n=n: small(f"{n}_mobilenet") for n in ("faster_rcnn_dpool", "faster_rcnn_mdpool", "mask_rcnn_dcn")}
