@@ -12,7 +12,7 @@ from notebook_det.foundations.structures import IGNORED, Assignment, Images, Ins
 from notebook_det.ops.boxes import box_iou
 from notebook_det.ops.detections import DetectionRule, best_of, suppress
 from notebook_det.priors.samplers import OHEMSampler
-from notebook_det.roi_heads.rfcn import PSRoIExtractor
+from notebook_det.roi_heads.rfcn import PSRoIExtractor, votes
 from notebook_det.zoo import recipes as zoo, two_stage_more as more
 
 K = 3
@@ -194,9 +194,10 @@ def test_votes_are_torchvisions_pooling():
     t = Trace(); m(images, trace=t)
     maps, given = t["roi_head"]["maps"], t["roi_head"]["proposals"]
     rois = torch.cat([torch.cat([torch.full((len(p), 1), float(i)), p.boxes], 1) for i, p in enumerate(given)])
-    want = torchvision.ops.PSRoIPool((3, 3), 1/8)(maps, rois)
-    assert torch.equal(PSRoIExtractor(3, 8)([maps], [p.boxes for p in given]), want)
-    cls, reg = m.roi_head.bbox_head(want)
+    want = torchvision.ops.PSRoIPool((3, 3), 1/8)(maps, rois).mean((2, 3))
+    got = PSRoIExtractor(3, 8)([maps], [p.boxes for p in given])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    cls, reg = m.roi_head.bbox_head(got)
     assert cls.shape == (len(rois), K + 1) and reg.shape == (len(rois), 4)
     for r in (0, len(rois)//2, len(rois) - 1):                                                       # one box by hand: each place from its own map
         x1, y1, x2, y2 = (math.floor(v / 8 + .5) for v in rois[r, 1:].tolist())
@@ -207,10 +208,24 @@ def test_votes_are_torchvisions_pooling():
             votes.append(cell.mean((1, 2)) if cell.numel() else torch.zeros(K + 5))
         torch.testing.assert_close(torch.cat([cls[r], reg[r]]), torch.stack(votes).mean(0), rtol=1e-4, atol=1e-5)
 
+@pytest.mark.parametrize("bins,scale", [(1, 1.), (3, 1/8), (7, 1/16)])
+def test_summed_area_tables_say_what_the_operator_says(bins, scale):
+    "Boxes of any size, on edges between cells, outside of the picture; in double precision, too; the gradient takes the other way."
+    g = torch.Generator().manual_seed(bins)
+    maps = torch.randn(2, 5 * bins**2, 13, 17, generator=g) * 10 + 5
+    wh, xy = torch.rand(60, 2, generator=g) * torch.tensor([20., 16]) / scale, (torch.rand(60, 2, generator=g) * 1.4 - .2) * torch.tensor([17., 13]) / scale
+    xy[:20], wh[:20] = (xy[:20] * scale * 2).round() / 2 / scale, (wh[:20] * scale * 2).round() / 2 / scale         # halves of cells
+    rois = torch.cat([torch.randint(2, (60, 1), generator=g).float(), xy, xy + wh], 1)
+    for m in (maps, maps.double(), maps.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(votes(m, rois, bins, scale), torchvision.ops.ps_roi_pool(m, rois.to(m.dtype), bins, scale).mean((2, 3)), rtol=1e-5, atol=1e-5)
+    leaf = maps.clone().requires_grad_()
+    votes(leaf, rois, bins, scale).square().sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
 def test_rfcn_has_nothing_to_learn_behind_the_pooling():
     m = rfcn()
     assert list(m.roi_head.bbox_roi_extractor.parameters()) == []
-    x = torch.randn(5, K + 5, 3, 3, requires_grad=True)
+    x = torch.randn(5, K + 5, requires_grad=True)
     names = {k for k, _ in m.roi_head.bbox_head.named_parameters()}
     m.roi_head.bbox_head(x)[0].sum().backward()
     assert all(p.grad is None for p in m.roi_head.bbox_head.parameters()) and {k.split(".")[0] for k in names} == {"conv_new", "rfcn_cls", "rfcn_bbox"}
