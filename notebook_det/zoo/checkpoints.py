@@ -6,8 +6,8 @@
 __all__ = ['ALLOWED', 'LEFTOVERS', 'WRAPPERS', 'TORCHVISION', 'COCO_IDS', 'CLASS_LAYERS', 'StandIn', 'refused', 'read_file',
            'find_state', 'class_names', 'background_last', 'from_v1', 'from_rpn', 'from_old_names', 'torchvision_name',
            'from_torchvision_detector', 'from_backbone', 'convert', 'Report', 'some', 'compare', 'of_classes',
-           'count_classes', 'load_checkpoint', 'put', 'judge', 'names_of', 'load_imagenet', 'fetch', 'RoundedAnchors',
-           'torchvision_conventions']
+           'count_classes', 'load_checkpoint', 'put', 'judge', 'names_of', 'load_imagenet', 'put_in', 'fetch',
+           'RoundedAnchors', 'torchvision_conventions']
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #8498b858
 import html, re
@@ -96,14 +96,14 @@ def background_last(
         layer = k.rpartition(".")[0]
         if layer.endswith(scores): out[k] = v[keep + [0]]
         elif layer.endswith(deltas) and len(v) == 4*n: out[k] = v.reshape(n, 4, *v.shape[1:])[keep].flatten(0, 1)  # [4(K+1),…] → [4K,…]
-        elif layer.endswith(masks) and len(v) == n: out[k] = v[keep]
+        elif layer.endswith(masks) and len(v) == n and "semantic_head" not in layer: out[k] = v[keep]
     return out
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #from-v1
 def from_v1(state:dict, model):
     "Files of the paper's time: heads at the top level, background first."
     if not any(re.match(r"bbox_head\.(\d+\.)?fc_cls\.", k) for k in state): return None
-    top = r"(?=(bbox_head|mask_head|shared_head|bbox_roi_extractor|mask_roi_extractor)\.)"
+    top = r"(?=(bbox_head|mask_head|mask_iou_head|grid_head|semantic_head|shared_head|bbox_roi_extractor|mask_roi_extractor)\.)"
     return background_last({re.sub(f"^{top}", "roi_head.", k): v for k,v in state.items()}), \
         "of MMDetection 1: heads renamed, background moved to the end; its anchors and RoIAlign were rounded otherwise, so expect a little less than published"
 
@@ -272,12 +272,17 @@ def load_imagenet(
     state = {k.removeprefix("backbone."): v for k,v in state.items()}
     if any(k.startswith("features.") for k in state): state = from_torchvision(state)
     fits, report = compare({k: v for k,v in state.items() if not k.startswith(("fc.", "classifier."))}, backbone, where)
-    if report.missing or report.mismatched:
-        what = f"no {some(report.missing, 1)}" if report.missing else "{} as {}, not {}".format(*report.mismatched[0])
+    lacking = [k for k in report.missing if k not in put_in(backbone)]
+    if lacking or report.mismatched:
+        what = f"no {some(lacking, 1)}" if lacking else "{} as {}, not {}".format(*report.mismatched[0])
         raise CheckpointError(f"{where} does not fit this {type(backbone).__name__}: it has {what}")
     backbone.load_state_dict(fits, strict=False)
     report.notes.append("ImageNet weights of the backbone; neck and heads start afresh")
+    if report.missing: report.notes.append("layers that were put into the backbone start as if they were not there")
     return report
+
+def put_in(backbone): # names of what ImageNet's networks do not have: deformable convolutions' offsets, context and attention blocks
+    return {f"{n}.{k}" for n,m in backbone.named_modules() if getattr(m, "own_init", False) for k in m.state_dict() if k != "weight"}
 
 def fetch(name):
     "ImageNet weights from torchvision's server, kept in torch's cache."
