@@ -213,3 +213,26 @@ def test_training_reads_the_maps(tmp_path):
     image, target = training_set(tmp_path/"ann.json", tmp_path, data)[0]
     assert target.semantic.shape == (40, 60) and (target.semantic[:, 40:] == 7).all() and (target.semantic[:, :40] == 0).all()
     with pytest.raises(FileNotFoundError, match="folder of semantic maps"): training_set(tmp_path/"ann.json", tmp_path, parts.Data(semantic=str(tmp_path/"none")))
+
+
+def test_weights_of_the_papers_time_are_read(tmp_path):
+    "Heads at the top level, background first: the renamed file gives the same detections."
+    from notebook_det.zoo.checkpoints import load_checkpoint
+    torch.manual_seed(0)
+    recipe = thin(cascade.htc(zoo.mobilenet_v2(), K, out_channels=16, num_labels=4))
+    model, other = build(recipe).eval(), build(recipe).eval()
+    old = {}
+    for k, v in model.state_dict().items():
+        if ".fc_cls." in k: v = torch.cat([v[-1:], v[:-1]])
+        elif "mask_head" in k and ".conv_logits." in k: v = torch.cat([torch.zeros_like(v[:1]), v])
+        old[k.removeprefix("roi_head.")] = v
+    torch.save(dict(state_dict=old, meta={}), tmp_path/"htc_v1.pth")
+    load_checkpoint(other, tmp_path/"htc_v1.pth")
+    want, got = model.state_dict(), other.state_dict()
+    assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_several_views_are_refused_in_words():
+    model = build(thin(cascade.cascade_rcnn(zoo.mobilenet_v2(), K, out_channels=16)))
+    from notebook_det.detectors.tta import predict_views
+    with pytest.raises(NotImplementedError, match="CascadeRoIHead: use predict"): predict_views(model, torch.zeros(3, 64, 64, dtype=torch.uint8))

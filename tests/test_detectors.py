@@ -124,7 +124,9 @@ def test_batched_equals_one_by_one(model):
     both, single = model(images), [model([x])[0] for x in images]
     for a, b in zip(both, single):
         assert len(a) == len(b)
-        torch.testing.assert_close(a.boxes, b.boxes, rtol=1e-3, atol=1e-2); torch.testing.assert_close(a.scores, b.scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a.scores, b.scores, rtol=1e-3, atol=1e-4)
+        same = torch.isclose(a.boxes[:, None], b.boxes, rtol=1e-3, atol=1e-2).all(2) & torch.isclose(a.scores[:, None], b.scores, rtol=1e-3, atol=1e-4)   # [N,N]: equal scores may stand in another order
+        assert same.any(0).all() and same.any(1).all()
 
 
 def test_input_kinds_agree(model):

@@ -39,7 +39,7 @@ def test_rows_of_other_families_say_so():
         with pytest.raises(zoo.NotYet, match="is not in this version"): zoo.recipe(name)
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "mask_rcnn_mobilenet", "retinanet_mobilenet", "ssdlite_mobilenet", "ssd300_coco", "m2det_vgg16_320", "rpn_r50_fpn_1x_coco", "faster-rcnn_r50-caffe-c4_1x_coco"])
+@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "mask_rcnn_mobilenet", "retinanet_mobilenet", "ssdlite_mobilenet", "ssd300_coco", "m2det_vgg16_320", "rpn_r50_fpn_1x_coco", "faster-rcnn_r50-caffe-c4_1x_coco", "htc_r50_fpn_1x_coco"])
 def test_a_whole_experiment_survives_json(name):
     e = zoo.recipe(name, ["a", "b"])
     back = from_json(to_json(e))
@@ -47,7 +47,7 @@ def test_a_whole_experiment_survives_json(name):
     with torch.device("meta"): assert build(back.model).num_classes == (None if name.startswith("rpn") else 2)
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "mask_rcnn_mobilenet", "retinanet_mobilenet", "ssdlite_mobilenet"])
+@pytest.mark.parametrize("name", ["faster_rcnn_mobilenet", "mask_rcnn_mobilenet", "retinanet_mobilenet", "ssdlite_mobilenet", "htc_without_semantic_mobilenet"])
 def test_small_recipes_train_every_layer_that_is_used(name):
     torch.manual_seed(0)
     e = zoo.recipe(name, 2)

@@ -21,13 +21,13 @@ def semantic_target(
     num_labels, # classes of pixels
 )->Tensor:     # [B,H,W] int64, UNKNOWN beyond the image
     "The class at every `stride`-th pixel."
-    out = torch.full((len(maps), *shape), UNKNOWN)
+    out = torch.full((len(maps), *shape), UNKNOWN, device=next((m.device for m in maps if m is not None), None))
     for i, (m, to) in enumerate(zip(maps, out)):
         if m is None: raise ValueError(f"image {i} of the batch has no semantic map: give the data set `extras=[SemanticMaps(folder)]`, or build the detector with semantic=False")
         m = m[::stride, ::stride]
         if not m.is_cuda and ((m >= num_labels) & (m != UNKNOWN)).any(): raise ValueError(f"image {i} of the batch has a pixel of class {int(m[m != UNKNOWN].max())}; this head knows 0 … {num_labels - 1} and {UNKNOWN}, unknown")
         to[:m.shape[0], :m.shape[1]] = m
-    return out.to(maps[0].device)
+    return out
 
 # %% ../../nbs/08_dense_heads/08_semantic.ipynb #semantichead
 class SemanticHead(nn.Module):
