@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['squeeze', 'ContextBlock', 'sinusoids', 'GeneralizedAttention', 'EachMap']
 
-# %% ../../nbs/05_layers/04_attention.ipynb #8a2a0408
+# %% ../../nbs/05_layers/04_attention.ipynb #dd9aa20e
 import math
-from functools import partial
+from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 from .conv import caffe2_xavier, init_weights
@@ -89,18 +89,17 @@ class GeneralizedAttention(nn.Module):
     def energy(self, x, terms=None): # [B,C,h,w]; four truth values: some of its terms only, None: all it has
         "How much each place wants to hear from each key: [B,M,h,w,h',w'], or size 1 where it is the same for all pictures or places."
         (qk, qp, k, p), (h, w), keys = terms or self.terms, x.shape[2:], x[..., ::self.kv_stride, ::self.kv_stride]
-        query, total = self.split(self.query_conv(x)) if qk or qp else 0, x.new_zeros(1, 1, 1, 1, *keys.shape[2:])
+        query, energies = self.split(self.query_conv(x)) if qk or qp else 0, []
         everybody = lambda bias: bias.view(1, self.heads, 1, 1, -1)                        # [C] → [1,M,1,1,C/M]
         if qk or k:
-            who = (query if qk else 0) + (everybody(self.appr_bias) if k else 0)          # [B|1,M,h|1,w|1,C/M]
-            total = total + torch.einsum("bmhwc,bmyxc->bmhwyx", who, self.split(self.key_conv(keys)))
+            who = (query if qk else 0) + (everybody(self.appr_bias) if k else 0)           # [B|1,M,h|1,w|1,C/M]
+            energies.append(torch.einsum("bmhwc,bmyxc->bmhwyx", who, self.split(self.key_conv(keys))))
         if qp or p:
             who = (query if qp else 0) + (everybody(self.geom_bias) if p else 0)
             across = torch.einsum("bmhwc,mwxc->bmhwx", who, self.distances(self.appr_geom_fc_x, w, keys.shape[3]).to(who.dtype))
             down = torch.einsum("bmhwc,mhyc->bmhwy", who, self.distances(self.appr_geom_fc_y, h, keys.shape[2]).to(who.dtype))
-            total = total + across[..., None, :] + down[..., None]
-        return total
-
+            energies += [across[..., None, :], down[..., None]]
+        return reduce(torch.add, energies) if energies else x.new_zeros(1, 1, 1, 1, *keys.shape[2:])
     def attention(self, x, terms=None)->Tensor: # as `energy`, but all keys together 1
         e = self.energy(x, terms)
         return e.flatten(-2).softmax(-1).view_as(e)
