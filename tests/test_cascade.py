@@ -64,6 +64,7 @@ def test_each_stage_learns_from_the_boxes_of_the_one_before(family):
         cls, reg = head(roi.bbox_roi_extractor(features, [s.boxes for s in t[f"stage {i}"]["samples"]]))
         n = [len(s.boxes) for s in t[f"stage {i}"]["samples"]]
         given = [Instances(head.coder.decode(s.boxes, r, SIZE)[~s.is_gt]) for s, r in zip(t[f"stage {i}"]["samples"], reg.split(n))]
+    assert t["samples"] is t["stage 0"]["samples"]                                                 # where explorers look
     share = t["stage 1"]["loss_cls"].sum() * .5
     torch.testing.assert_close(losses["s1.loss_cls"], share)                                       # a stage's weight
 

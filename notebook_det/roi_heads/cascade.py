@@ -118,6 +118,7 @@ class CascadeRoIHead(nn.Module):
             if self.interleaved: samples = self.sample(i, proposals, objects, part(mine, "masks"))
             if self.mask_head is not None: stage |= mask_stage(self, i, features, samples, objects)
             losses |= {f"s{i}.{k}": v * weight for k, v in stage.items()}
+        if trace is not None: trace.update(trace["stage 0"])   # the first stage also where a standard head has its own
         return losses
 
     @torch.no_grad()
