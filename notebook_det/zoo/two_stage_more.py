@@ -40,6 +40,7 @@ def ga_fast_rcnn(backbone, num_classes=80, **kw)->Config: # any argument of `ga_
 # %% ../../nbs/14_zoo/08_two_stage_more.ipynb #with-ohem
 def with_ohem(model:Config)->Config: # of a detector with a sampler in its second stage; changed in place and returned
     "The same numbers of boxes, but those with the highest class loss."
+    if not hasattr(model, "roi_head"): raise ValueError(f"{fdl.get_callable(model).__name__} has no second stage whose boxes could be drawn by loss")
     model.roi_head.sampler = Config(OHEMSampler, model.roi_head.sampler.num, model.roi_head.sampler.pos_fraction)
     return model
 
@@ -63,6 +64,7 @@ def rfcn(
     **kw,                 # any argument of TwoStage
 )->Config:
     "R-FCN: a dilated last stage, score maps, votes."
+    if stride not in (8, 16): raise ValueError(f"stride must be 8 or 16, not {stride}")
     wide = 4 * planes * DEPTHS[depth][0].expansion                                              # channels at the end of the third stage
     backbone = resnet(depth, style, num_stages=3, out_indices=(2,), planes=planes, strides=(1, 2, stride // 8), dilations=(1, 1, 16 // stride))
     last = Config(ResLayer, depth, stage=3, stride=1, dilation=32 // stride, style=style, planes=planes, norm_grad=style != "caffe")
