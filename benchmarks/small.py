@@ -144,7 +144,8 @@ def ours(d, family):
             if isinstance(loss := getattr(head, "loss_bbox", None), Config) and get_callable(loss) is L1Loss: head.loss_bbox = Config(SmoothL1Loss, beta=1/9)
     model = build(recipe)
     own = model.backbone.state_dict()
-    model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own}) # all but the last convolution, which is not used
+    if "conv1.bn.weight" in own: # group norm starts from scratch
+        model.backbone.load_state_dict({k: v for k,v in from_torchvision(imagenet()).items() if k in own}) # all but the last convolution, which is not used
     return model
 
 def double_head(*args, **kw): # two blocks of 256 channels instead of four of 512, for the sake of time
@@ -227,6 +228,7 @@ def first_stage(d, a): # → proposals of the training and of the test pictures,
 # ---- general modules in Faster R-CNN: normalised pyramid and heads (two convolutions and a linear layer); context and attention on the backbone's maps
 
 def faster_gn(*args, conv=None, **kw): return norms.with_norm(norms.conv_heads(zoo.faster_rcnn(*args, **kw), 2), group_norm, conv, ("neck", "head"))
+def faster_scratch(*args, **kw): return zoo.from_scratch(norms.with_norm(norms.conv_heads(zoo.faster_rcnn(*args, **kw), 2), Partial(group_norm, groups=8)))
 def faster_maps(*args, make, **kw): return attention.on_maps(zoo.faster_rcnn(*args, **kw), make)
 
 @dataclass
@@ -256,6 +258,7 @@ METHODS = dict(
     **{n: Method(partial(ours, family=f), "bccd", .01) for n,f in dict(libra_faster_rcnn=retina_variants.libra_faster_rcnn, ga_faster_rcnn=retina_variants.ga_faster_rcnn,
         faster_rcnn_ohem=lambda *a, **kw: two_stage_more.with_ohem(zoo.faster_rcnn(*a, **kw)), faster_rcnn_soft_nms=lambda *a, **kw: two_stage_more.with_soft_nms(zoo.faster_rcnn(*a, **kw))).items()},
     faster_rcnn_gn=Method(partial(ours, family=faster_gn), "bccd", .01), faster_rcnn_gn_ws=Method(partial(ours, family=partial(faster_gn, conv=WSConv2d)), "bccd", .01),
+    faster_rcnn_scratch=Method(partial(ours, family=faster_scratch), "bccd", .02, 1200),
     faster_rcnn_gcnet=Method(partial(ours, family=partial(faster_maps, make=Partial(ContextBlock, ratio=1/4))), "bccd", .01),
     faster_rcnn_attention=Method(partial(ours, family=partial(faster_maps, make=Partial(GeneralizedAttention, kind="0010"))), "bccd", .01),
     mask_rcnn=Method(partial(ours, family=zoo.mask_rcnn), "dsb", .02), tv_mask_rcnn=Method(partial(tv_two_stage, masks=True), "dsb", .02))
