@@ -6,12 +6,11 @@
 __all__ = ['NORMS', 'BatchNorm', 'SyncBatchNorm', 'batch_norm', 'sync_batch_norm', 'group_norm', 'is_norm', 'norm_name', 'freeze',
            'eval_norms', 'freeze_affine', 'KeepsFrozen']
 
-# %% ../../nbs/05_layers/02_norm.ipynb #b0e4b8d8
+# %% ../../nbs/05_layers/02_norm.ipynb #4601891d
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -24,13 +23,15 @@ class BatchNorm(nn.BatchNorm2d):
 
 # %% ../../nbs/05_layers/02_norm.ipynb #syncbatchnorm
 class SyncBatchNorm(nn.SyncBatchNorm):
-    "`BatchNorm` whose batch are those of all processes, on CPUs too. Alone it is `BatchNorm`."
+    "`BatchNorm` over the batches of all processes, on CPUs too; alone it is `BatchNorm`."
     def forward(self, x): # [B,C,H,W]
-        if not self.training or x.is_cuda: return super().forward(x)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1: return self.together(x)
-        return BatchNorm.forward(self, x) if x.numel() == x.shape[1] else super().forward(x)
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1)
+        if self.training and alone and x.numel() == x.shape[1]: return BatchNorm.forward(self, x)
+        return super().forward(x) if alone or x.is_cuda or not self.training else self.together(x)
 
     def together(self, x):
+        from torch.distributed.nn.functional import all_reduce                        # not every build of torch has it
+        kind, x = x.dtype, x.to(self.weight.dtype)                                    # half precision cannot sum up squares
         total = lambda v: all_reduce(v, group=self.process_group or dist.group.WORLD)
         count, mean = total(torch.stack([x.new_full((x.shape[1],), x.numel() / x.shape[1]), x.sum((0, 2, 3))])) # [2,C]
         mean, shape = mean / count, (1, -1, 1, 1)
@@ -40,7 +41,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
-        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(kind)
 
 # %% ../../nbs/05_layers/02_norm.ipynb #batch-norm
 def batch_norm(channels:int, eps:float=1e-5, momentum:float=.1): # statistics of each channel over the batch
