@@ -104,3 +104,17 @@ def test_proposal_explorer(lab, page, tmp_path):
     press(page, box, "top", "ArrowRight", 2, until="the 50 strongest")
     press(page, box, "iou", "ArrowRight", 4)
     page.screenshot(path=os.environ.get("LAB_SHOT2", str(tmp_path/"proposals.png")))
+
+
+@pytest.mark.parametrize("notebook,label,key,says", [("03_assignment.ipynb", "pos iou", "ArrowRight", "positive"), ("04_nms.ipynb", "step", "ArrowRight", "turn 4 of"),
+                         ("05_roi_align.ipynb", "size", "ArrowRight", "4×4 bins"), ("06_masks.ipynb", "threshold", "ArrowLeft", "at 0.45"),
+                         ("07_losses.ipynb", "gamma", "ArrowLeft", "γ 4.75"), ("08_pipeline.ipynb", "seed", "ArrowRight", "px")])
+def test_slider(lab, page, tmp_path, notebook, label, key, says):
+    "The notebook runs, one press of a key moves the slider, and the drawing says so."
+    run_all(page, lab(notebook))
+    box = explorer(page)
+    if notebook == "03_assignment.ipynb": box.locator("select").nth(1).select_option("RetinaNet")     # a rule that knows overlaps
+    if notebook == "03_assignment.ipynb": page.wait_for_function("e => !e.querySelector('.widget-html svg').outerHTML.includes('FSAF')", arg=box.element_handle())
+    *_, ms = press(page, box, label, key, 1, until=says)
+    page.screenshot(path=str(tmp_path/f"{notebook}.png"))
+    print(f"{notebook}: one key press to a new drawing in {ms:.0f} ms")
