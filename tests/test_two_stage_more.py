@@ -14,6 +14,7 @@ from notebook_det.ops.detections import DetectionRule, best_of, suppress
 from notebook_det.priors.samplers import OHEMSampler
 from notebook_det.roi_heads.rfcn import PSRoIExtractor, votes
 from notebook_det.zoo import recipes as zoo, two_stage_more as more
+from notebook_det.zoo.checkpoints import convert, put
 
 K = 3
 
@@ -246,6 +247,19 @@ def test_rfcn_reads_each_picture_once(monkeypatch):
     monkeypatch.setattr(type(m.roi_head.shared_head), "forward", lambda self, x: calls.append(len(x)) or real(self, x))
     m(images, targets)                                                                                # OHEM judges all boxes on the same maps
     assert calls == [2]
+
+
+def test_a_classifiers_weights_reach_the_stage_behind_the_proposals():
+    "R-FCN and C4 keep the backbone's last stage in their second stage; a different number of classes leaves the score maps out."
+    classifier = torchvision.models.resnet50(weights=None).state_dict()
+    for recipe in (more.rfcn(50, K), zoo.faster_rcnn_c4(50, K)):
+        with torch.device("meta"): model = build(recipe)
+        state, notes = convert(dict(classifier), model)
+        assert {k for k in model.state_dict() if ".layer" in k} <= state.keys() and "of a classifier: only the backbone" in notes
+        assert torch.equal(state["roi_head.shared_head.layer4.2.conv3.weight"], classifier["layer4.2.conv3.weight"])
+    a, b = (make(more.rfcn(18, k, planes=4, bins=3)) for k in (2, K))
+    report = put(b, a.state_dict(), "two classes")
+    assert {n for n, *_ in report.left_out} == {f"roi_head.bbox_head.rfcn_cls.{k}" for k in ("weight", "bias")} and "the file knows 2 classes, the model 3" in report.notes[0]
 
 
 def test_patterns_belong_to_one_family_only():

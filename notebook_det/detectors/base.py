@@ -121,8 +121,7 @@ class Detector(nn.Module):
     @torch.inference_mode()
     def _predict(self, photos): return self(self.fitted_images([to_image(p) for p in photos]))
     def fitted_images(self, pictures)->Images: # uint8 [3,H,W] each; they remember the sizes they had
-        device = self.normalize.mean.device
         original = [tuple(p.shape[-2:]) for p in pictures]
         small = [resize_image(p, self.fitted(h, w)) for p,(h,w) in zip(pictures, original)]
         sizes = [tuple(p.shape[-2:]) for p in small]
-        return Images(stack(small, self.normalize.divisor, device), sizes, original)
+        return Images(stack(small, self.normalize.divisor, self.normalize.mean.device), sizes, original)

@@ -158,8 +158,10 @@ def from_backbone(state:dict, model):
     "A classifier's weights: they are the backbone's, and the classifier itself is left out."
     if not hasattr(model, "backbone") or any(k.startswith(("backbone.", "neck.", "bbox_head.", "rpn_head.", "roi_head.")) for k in state): return None
     inner = from_torchvision(state) if any(k.startswith("features.") for k in state) else state
-    inner = {f"backbone.{k}": v for k,v in inner.items() if not k.startswith(("fc.", "classifier."))}
-    return (inner, "of a classifier: only the backbone") if inner.keys() & model.state_dict().keys() else None
+    own = model.state_dict().keys()
+    place = lambda k: next((f"{p}.{k}" for p in ("backbone", "roi_head.shared_head") if f"{p}.{k}" in own), f"backbone.{k}")   # C4 and R-FCN: the last stage is in the second
+    inner = {place(k): v for k,v in inner.items() if not k.startswith(("fc.", "classifier."))}
+    return (inner, "of a classifier: only the backbone") if inner.keys() & own else None
 
 def convert(state:dict, model)->tuple: # (state dict, list of sentences)
     "A state dict in our names, whatever dialect it was written in."
@@ -169,7 +171,7 @@ def convert(state:dict, model)->tuple: # (state dict, list of sentences)
     return state, notes
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #report
-CLASS_LAYERS = ("fc_cls", "fc_reg", "conv_logits", "retina_cls", "conv_cls")   # layers whose number of rows depends on the number of classes
+CLASS_LAYERS = ("fc_cls", "fc_reg", "conv_logits", "retina_cls", "conv_cls", "rfcn_cls")   # layers whose number of rows depends on the number of classes
 
 @dataclass(repr=False)
 class Report:
@@ -218,6 +220,7 @@ def count_classes(left_out, ours)->int|None:
     "How many classes the file knows, from the rows of a layer that was left out; `ours`: how many the model knows."
     for name,a,b in left_out:
         if "fc_cls" in name: return a[0] - 1
+        if "rfcn_cls" in name: return a[0] * (ours + 1) // b[0] - 1
         if "fc_reg" in name and b[0] == 4*ours: return a[0] // 4
         if name.split(".")[-2] in ("retina_cls", "conv_cls", "conv_logits"): return a[0] * ours // b[0]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODULES', 'small_names', 'recipe', 'refuse', 'known', 'names']
 
-# %% ../../nbs/14_zoo/20_recipes.ipynb #b0911f7e
-import difflib, re
+# %% ../../nbs/14_zoo/20_recipes.ipynb #5020b13c
+import difflib
 from ..foundations.recipes import Config
 from . import anchor_free, attention, cascade, dcn, hrnet, norms, rcnn, retina_variants, roi_variants, ssd, trident, two_stage_more
 from .parts import (Data, Experiment, NotYet, Schedule, caffe_pixels, channels, d2_pixels, find_row, fpn, from_scratch, laptop, mobilenet_v2, resnet,
@@ -38,7 +38,6 @@ def recipe(
 def refuse(name, row):
     "A sentence for a name without a recipe."
     if row: raise NotYet(f"{name}: the family {row['family']} is not in this version")
-    if re.search("^fast-rcnn|^htc|ohem|soft-nms", name): raise NotYet(f"{name}: some of its parts are not in this version")
     near = difflib.get_close_matches(name, [*small_names(), *(n for r in table() for n in (r["name"], stem(r)))], 3)
     raise ValueError(f"there is no recipe {name!r}" + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "; `ndet-zoo` lists what there is"))
 
