@@ -29,6 +29,7 @@ def pytest_configure(config):
     "More threads than cores make torch crawl; more than four gain nothing on pictures of this size."
     os.environ.setdefault("MPLBACKEND", "agg")
     os.environ.setdefault("NDET_QUIET", "1")
+    if getattr(config.option, "dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ: return   # the one that hands out: its workers would inherit
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, cores()//beside))))
 
