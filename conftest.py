@@ -130,5 +130,5 @@ class limit:
 def pytest_terminal_summary(terminalreporter):
     took = {r.nodeid.split("::")[0]: r.duration for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call" and ".ipynb" in r.nodeid}
     slow = sorted(((s, n) for n, s in took.items() if s > BOOK_SECONDS), reverse=True)
-    if took: terminalreporter.write_line(f"{len(took)} notebooks in {sum(took.values()):.0f} s of {os.environ.get('OMP_NUM_THREADS')} threads"
+    if took: terminalreporter.write_line(f"{len(took)} notebooks in {sum(took.values()):.0f} s"
                                          + ("" if not slow else f"; over the book's {BOOK_SECONDS} s: " + ", ".join(f"{n} {s:.0f} s" for s, n in slow)))
