@@ -131,9 +131,10 @@ def ours(d, family):
     recipe = family(zoo.mobilenet_v2(frozen_stages=FROZEN), d.classes, pixels=zoo.tf_pixels(), out_channels=128)
     if hasattr(recipe, "bbox_head"):
         recipe.bbox_head.rule.max_detections = d.detections
-        for a in select(recipe.bbox_head, object): # RetinaNet's anchors and guided anchoring's squares: half of COCO's
-            if getattr(a, "octave_base_scale", None) == 4: a.octave_base_scale = 2
-            elif getattr(a, "scales", None) == (4,): a.scales = (2,)
+        base = 3 if hasattr(recipe.bbox_head, "guide") else 2 # RetinaNet's anchors: half of COCO's; guided anchoring's one square per cell: the middle of such an octave
+        for a in select(recipe.bbox_head, object):
+            if getattr(a, "octave_base_scale", None) == 4: a.octave_base_scale = base
+            elif getattr(a, "scales", None) == (4,): a.scales = (base,)
         if hasattr(recipe.bbox_head, "points"): recipe.bbox_head.assigner.ranges = regress_ranges(anchor_free.STRIDES, 4) # half of COCO's, as RetinaNet's anchors
     else:
         rpn = getattr(recipe, "rpn_head", None)         # Fast R-CNN has none
@@ -244,8 +245,8 @@ METHODS = dict(
     fcos_improved=Method(partial(ours, family=lambda *a, **kw: anchor_free.improved(anchor_free.fcos(*a, **kw))), "bccd", .01, 1200),
     retinanet_ghm=Method(partial(ours, family=retina_variants.ghm_retinanet), "bccd", .01, 1200), ga_retinanet=Method(partial(ours, family=retina_variants.ga_retinanet), "bccd", .01, 1200),
     libra_retinanet=Method(partial(ours, family=retina_variants.libra_retinanet), "bccd", .01, 1200),
-    ssdlite=Method(ssdlite, "bccd", .01, 1200), m2det=Method(m2det, "bccd", .01, 1200),
-    ssd_vgg=Method(ssd_vgg, "bccd", .01, 1200), scratchdet=Method(scratchdet, "bccd", .01, 1200),
+    ssdlite=Method(ssdlite, "bccd", .01, 1200), m2det=Method(m2det, "bccd", .04, 1200),
+    ssd_vgg=Method(ssd_vgg, "bccd", .01, 1200), scratchdet=Method(scratchdet, "bccd", .04, 1200),
     double_head=Method(partial(ours, family=double_head), "bccd", .01), grid_rcnn=Method(partial(ours, family=grid_rcnn), "bccd", .01),
     ms_rcnn=Method(partial(ours, family=roi_variants.ms_rcnn), "dsb", .02),
     cascade_rcnn=Method(partial(ours, family=cascade.cascade_rcnn), "bccd", .01), cascade_mask_rcnn=Method(partial(ours, family=cascade.cascade_mask_rcnn), "dsb", .02),
