@@ -379,6 +379,19 @@ def run(name, a, rate):
     (OUT/f"{stem}.curve.json").write_text(json.dumps(curve))
     if a.keep: Path(a.keep).mkdir(parents=True, exist_ok=True); torch.save(model.state_dict(), Path(a.keep)/f"{name}.pt")
 
+def again(name, a):
+    "Detections of kept weights are evaluated anew, after a change of what a trained network predicts: its row and picture are replaced."
+    rows = [json.loads(line) for line in (OUT/"rows.jsonl").read_text().splitlines()]
+    row = next(r for r in rows if r["method"] == name)
+    d, model, extras = DATA[row["data"]], make(name, a), METHODS[name].first
+    if extras: sys.exit(f"{name}: its proposals were not kept")
+    model.load_state_dict(torch.load(Path(a.test)/f"{name}.pt", weights_only=True))
+    metrics, times, pictures = test(model, loader(d, False, a.seed), d)
+    print(f"{name}: AP {row['AP']} → {metrics['AP']}, AP50 {row['AP50']} → {metrics['AP50']}", flush=True)
+    row |= dict(**metrics, **seconds("inference_s_per_image", times), tested=f"{datetime.date.today()}")
+    (OUT/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    draw(pictures, OUT/f"{row['run']}.png")
+
 def speed(names, a, warm=3):
     "Steps of both in turn in one process, so that what else the machine does hits both alike."
     models, d, kept = [make(n, a) for n in names], DATA[METHODS[names[0]].data], [Path(a.keep or "")/f"{n}.pt" for n in names]
@@ -405,7 +418,9 @@ if __name__ == "__main__":
     p.add_argument("--iterations", type=int); p.add_argument("--seed", type=int, default=0); p.add_argument("--lr", type=float)
     p.add_argument("--clip", type=float, help="largest gradient norm; 0: none"); p.add_argument("--threads", type=int, default=1)
     p.add_argument("--pairs", type=int, default=12); p.add_argument("--keep", help="folder for the trained weights; --speed starts from them")
+    p.add_argument("--test", metavar="FOLDER", help="no training: evaluate the weights that --keep FOLDER left there, and replace the rows' results")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if a.speed: speed(a.method, a)
+    elif a.test: [again(n, a) for n in a.method]
     else: [run(n, a, rate) for n in a.method for rate in (RATES if a.sweep else [a.lr])]

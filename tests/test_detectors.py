@@ -129,6 +129,24 @@ def test_batched_equals_one_by_one(model):
         assert same.any(0).all() and same.any(1).all()
 
 
+def test_the_padding_finds_nothing(model):
+    "Cells beyond the picture, there because of a bigger neighbour in the batch, may shout as they like."
+    if not hasattr(head := getattr(model, "bbox_head", None), "rule"): pytest.skip("no dense head")
+    images, quiet, shout = [picture(64, 64), picture(128, 160, seed=1)], head.forward, [0]
+    def forward(features):
+        raw = quiet(features)
+        for m, stride in zip(raw["cls"], head.anchors.strides):
+            y, x = (torch.arange(n) * stride >= 64 for n in m.shape[-2:])
+            m[0, 0][y[:, None] | x] = 30.
+            shout[0] += int((y[:, None] | x).sum())
+        return raw
+    want = model.eval()(images)[0]
+    head.forward = forward
+    got = model(images)[0]
+    assert shout[0] > 10 and len(got) == len(want)
+    torch.testing.assert_close(got.boxes, want.boxes); torch.testing.assert_close(got.scores, want.scores)
+
+
 def test_input_kinds_agree(model):
     "uint8, float 0 … 1 as torchvision, a stacked tensor, Images; dict targets."
     images, targets = [picture(seed=0), picture(seed=1)], [objects(2), objects(1, seed=1)]

@@ -176,6 +176,7 @@ for k, v in sync.state_dict().items():
     if "running" in k or "batches" in k: torch.testing.assert_close(v, whole.state_dict()[k], rtol=1e-4, atol=1e-4)
 grad = sync.weight.grad.clone(); dist.all_reduce(grad)
 torch.testing.assert_close(grad, whole.weight.grad, rtol=1e-3, atol=1e-3)
+dist.barrier(); dist.destroy_process_group()                        # gloo's threads must not outlive the interpreter
 """
 
 

@@ -59,6 +59,8 @@ class AnchorHead(nn.Module):
         dtype = torch.float64 if maps[0].dtype == torch.float64 else torch.float32
         return self.anchors([m.shape[-2:] for m in maps], maps[0].device, dtype)
     def object_labels(self, objects): return objects.labels # [G] int64, what the classes of this head are
+    def inside(self, raw, size): # raw maps, (height, width) of the true picture → [A] bool: anchors of cells that begin in it, not in the padding
+        return self.anchors.inside([m.shape[-2:] for m in raw["cls"]], size, raw["cls"][0].device)
     def choose(self, raw, targets): return targets          # DenseTargets → DenseTargets: which anchors count, now that their scores are known
     def starts(self, raw): return self.priors(raw["cls"]) # what deltas start from, per level: [A,4], or [B,A,4] where every image has its own
     def losses(self, raw, objects, sizes, trace=None): # objects: Instances per image; sizes: (h, w) per image → dict of losses
@@ -151,10 +153,13 @@ def aside(loss, **changes): # a copy for looking on: its settings may differ, an
 def strongest(
     scores:Tensor, # [A,K]
     k:int,         # how many pairs
+    inside=None,   # [A] bool: anchors that may take part; the others come last, with −∞
 ):                 # values [k] by falling score, anchors [k], classes [k]
     "The `k` best (anchor, class) pairs: they can only lie among the `k` anchors whose best class is best."
-    best = scores.amax(1).topk(min(k, len(scores))).indices
-    value, i = scores[best].flatten().topk(min(k, len(best) * scores.shape[1]))          # [k,K] → [k·K]
+    cut = lambda x, ok: x if inside is None else x.masked_fill(~ok, -torch.inf)
+    best = cut(scores.amax(1), inside).topk(min(k, len(scores))).indices
+    rows = scores[best] if inside is None else cut(scores[best], inside[best, None])
+    value, i = rows.flatten().topk(min(k, rows.numel()))                                 # [k,K] → [k·K]
     return value, best[i // scores.shape[1]], i % scores.shape[1]
 
 # %% ../../nbs/08_dense_heads/01_base.ipynb #dense-detections
@@ -165,11 +170,13 @@ def dense_detections(
     rule:DetectionRule,
     trace=None,          # records `candidates` (before suppression) and `kept` (positions among them)
     activate=torch.sigmoid, # raw score → 0 … 1; it rises, so that it may wait until the best are known
+    inside=None,         # [A] bool over the anchors of all levels: those of cells in the picture; the others find nothing
 )->Instances:            # boxes, labels, scores; the best first
     "One image's detections: the best (anchor, class) pairs of every level, decoded, suppressed class by class."
     scores, labels, boxes = [], [], []
-    for s,d,p,*quality in levels:
-        top, row, label = strongest(s, rule.pre_nms)
+    masks = inside.split([len(s) for s,*_ in levels]) if inside is not None else [None] * len(levels)
+    for (s,d,p,*quality),mask in zip(levels, masks):
+        top, row, label = strongest(s, rule.pre_nms, mask)
         top = activate(full(top))
         ok = top > rule.score_threshold
         row = row[ok]

@@ -82,7 +82,7 @@ class FCOSHead(AnchorHead):
     def predict(self, raw, sizes, trace=None): # raw maps, (h, w) per image → per image Instances with boxes, labels, scores
         levels = list(zip(*([flat(m, c) for m in raw[k]] for k,c in (("cls", self.num_classes), ("box", 4), ("centerness", 1))), self.priors(raw["cls"])))
         return [dense_detections([(c[i], b[i], p, full(m[i, :, 0]).sigmoid()) for c,b,m,p in levels], self.coder, size, self.rule,
-                                 part(trace, f"image {i}")) for i,size in enumerate(sizes)]
+                                 part(trace, f"image {i}"), inside=self.inside(raw, size)) for i,size in enumerate(sizes)]
 
 # %% ../../nbs/08_dense_heads/05_fcos.ipynb #point-terms
 def point_terms(

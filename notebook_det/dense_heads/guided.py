@@ -6,7 +6,7 @@
 __all__ = ['covered', 'location_targets', 'Guide', 'shape_targets', 'guide_losses', 'GuidedHead', 'FeatureAdaption',
            'GARetinaHead', 'guide_convs', 'GARPNHead']
 
-# %% ../../nbs/08_dense_heads/07_guided.ipynb #7e373f2e
+# %% ../../nbs/08_dense_heads/07_guided.ipynb #b1c8388c
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,8 @@ class GARetinaHead(GuidedHead, RetinaHead):
         return raw
 
     def predict(self, raw, sizes, trace=None): # raw maps, (h, w) per image → per image Instances with boxes, labels, scores
-        cls = [flat(c, self.channels).masked_fill(~self.guide.likely(l)[..., None], -torch.inf) for c,l in zip(raw["cls"], raw["loc"])]
+        inside = torch.stack([self.inside(raw, s) for s in sizes]).split([l[0].numel() for l in raw["loc"]], 1)           # [B,A] per level
+        cls = [flat(c, self.channels).masked_fill(~(self.guide.likely(l) & ok)[..., None], -torch.inf) for c,l,ok in zip(raw["cls"], raw["loc"], inside)]
         box, anchors, k = [flat(b, 4) for b in raw["box"]], self.starts(raw), self.rule.pre_nms
         rule = replace(self.rule, pre_nms=k * self.channels)    # the k strongest anchors of a level go on with all their classes
         top = lambda s, *v: [x[s.amax(1).topk(min(k, len(s))).indices] for x in (s, *v)]

@@ -60,4 +60,4 @@ class RetinaHead(AnchorHead):
         levels = self.priors(raw["cls"])
         cls, box = [flat(x, self.channels) for x in raw["cls"]], [flat(x, 4) for x in raw["box"]]
         return [dense_detections([(c[i], b[i], p) for c,b,p in zip(cls, box, levels)], self.coder, size, self.rule,
-                                 part(trace, f"image {i}")) for i,size in enumerate(sizes)]
+                                 part(trace, f"image {i}"), inside=self.inside(raw, size)) for i,size in enumerate(sizes)]

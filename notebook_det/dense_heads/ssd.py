@@ -75,4 +75,4 @@ class SSDHead(AnchorHead):
         scores = [full(flat(x, self.channels)).softmax(-1)[..., :-1] for x in raw["cls"]]                # background is not a detection
         box = [flat(x, 4) for x in raw["box"]]
         return [dense_detections([(s[i], b[i], p) for s,b,p in zip(scores, box, levels)], self.coder, size, self.rule,
-                                 part(trace, f"image {i}"), activate=lambda s: s) for i,size in enumerate(sizes)]
+                                 part(trace, f"image {i}"), activate=lambda s: s, inside=self.inside(raw, size)) for i,size in enumerate(sizes)]
