@@ -2,7 +2,7 @@
 
     python tests/parity.py FOLDER [NAME …]      FOLDER holds `inputs.py` and `cases/*.json.gz` (or the cases themselves)
 
-One line per case: features, losses, gradients, detections; "agree", or the worst deviation. Exit status 1 if any disagrees.
+One line per case: features, losses, gradients, detections; "agree", or the worst deviation. Exit status 1 if any disagrees, other than the three that are known to miss a limit (see `SENSITIVE`).
 """
 import argparse, gzip, importlib.util, json, sys, time
 from unittest import mock
@@ -108,11 +108,13 @@ def compare_detections(found, want, size):
     return (matched / total if total else 1.), area
 
 
+LIMITS = dict(features=1e-4, gradients=.01, areas=.02)
+
 # Two kinds of networks amplify rounding: weight-standardised kernels take the mean away from what is nearly constant, and living batch norms divide by the
 # deviation of 2 · 6 · 8 values. When the input moves by a millionth (the rounding of the first convolution alone is five millionths), their own features move by
 # up to 2e-3 of a level's deviation and the worst gradient by 5 %; another order of summation (channels last) moves features by 3e-4, and the reference is as far
-# from the same network in float64. So these three are held to what the arithmetic allows; leaving out the epsilon of a standardised kernel is 3e-3 and more.
-LIMITS = dict(features=1e-4, gradients=.01, areas=.02)
+# from the same network in float64. These three miss a limit and are reported as MISSED, not as agreeing (tests: xfail); beyond a second limit, which is what the
+# arithmetic allows, they fail. (Leaving out the epsilon of a standardised kernel is 3e-3 and more.)
 WEIGHTS, NORMS = dict(LIMITS, features=1e-3, areas=.1), dict(LIMITS, gradients=.05)
 SENSITIVE = dict(gn_ws_mask_rcnn_r50=WEIGHTS, gn_ws_faster_rcnn_x50_32x4d=WEIGHTS, gcnet_mask_rcnn_r50_syncbn_r4=NORMS)
 
@@ -150,7 +152,7 @@ def detect_in_reference_order(model, images):
 
 
 def run(name, case, inputs):
-    "One case → (does it agree?, what to print)."
+    "One case → (does it agree? None: it misses a limit, as `SENSITIVE` says it may; what to print)."
     torch.manual_seed(0)
     model, seed = build(adapted(case)), case["input"]
     wrong = fill(model, case, inputs)
@@ -160,7 +162,7 @@ def run(name, case, inputs):
     if case["case"].get("proposals"): images.proposals = [Instances(torch.from_numpy(t["boxes"])) for t in inputs.truth(seed["seed"] + 100, seed["n"], *size, case["num_classes"], per_image=40)]
     truth = [Instances(torch.from_numpy(t["boxes"]), torch.from_numpy(t["labels"]), masks=torch.from_numpy(t["masks"]).bool(), semantic=semantic(*size))
              for t in inputs.truth(seed["seed"], seed["n"], *size, case["num_classes"])]
-    limit = SENSITIVE.get(name, LIMITS)
+    limit, allowed = LIMITS, SENSITIVE.get(name, LIMITS)
     with torch.no_grad(): feature = compare_features(model.eval(), images.tensor, case, inputs)
     if {"losses", "predict"} <= set(case["case"].get("skip", ())):     # deformable RoI pooling: the reference has no CPU code for it
         return feature <= 1e-4, f"features {'agree' if feature <= 1e-4 else 'DIFFER'} ({feature:.1e}), names, shapes and what learns agree; there is nothing else in this case"
@@ -168,19 +170,20 @@ def run(name, case, inputs):
     with torch.no_grad(): ordered, _ = compare_detections(detect_in_reference_order(model, images), case["detections"], size) if name in TIES else (match, 0)
     losses = model.train()(images, truth)
     sum(losses.values()).backward()
-    checks, notes = [("features", feature, feature <= limit["features"])], f"  (held to {limit})" * (name in SENSITIVE)
+    checks, notes = [("features", feature, "features")], ""
     notes += f"  (detections with equal scores in our order: {1 - match:.1e})" * (name in TIES)
     if "losses" not in case["case"].get("skip", ()):                   # Grid R-CNN's are random
         own = lambda k: k if k in losses else k.removeprefix("rpn_")   # the reference marks the first stage's losses so
         want = {own(k): v for k, v in case["losses"].items() if k in losses or "loss" in k}
         loss = max((abs(losses[k].item() - v) / max(abs(v), 1e-6) if k in losses else float("inf")) for k, v in want.items())
         grad, whose = compare_gradients(norms(model), case)
-        checks += [("losses", loss, loss <= 1e-3), ("gradients", grad, grad <= limit["gradients"])]
+        checks += [("losses", loss, 1e-3), ("gradients", grad, "gradients")]
         if grad > limit["gradients"]: notes += f"  worst gradient: {whose}"
         if loss > 1e-3: notes += f"  losses: " + ", ".join(f"{k} {losses[k].item() if k in losses else None} ≠ {v}" for k, v in want.items())
-    checks += [("detections", 1 - ordered, ordered >= .97), ("mask areas", area, area <= limit["areas"])]
-    text = "  ".join(f"{n} {'agree' if ok else 'DIFFER'} ({v:.1e})" for n, v, ok in checks)
-    return all(ok for *_, ok in checks), text + notes
+    checks += [("detections", 1 - ordered, .03), ("mask areas", area, "areas")]
+    held = lambda v, bound, by: v <= (by[bound] if isinstance(bound, str) else bound)
+    text = "  ".join(f"{n} {'agree' if held(v, b, limit) else f'MISSED, below {allowed[b]:g}' if held(v, b, allowed) else 'DIFFER'} ({v:.1e})" for n, v, b in checks)
+    return (True if all(held(v, b, limit) for _, v, b in checks) else None if all(held(v, b, allowed) for _, v, b in checks) else False), text + notes
 
 
 def main(argv=None):
@@ -195,8 +198,8 @@ def main(argv=None):
         case = json.loads(gzip.open(file).read())
         try: ok, text = run(name, case, inputs)
         except zoo.NotYet as e: ok, text = False, f"no recipe yet: {e}"
-        good &= ok
-        print(f"{'ok  ' if ok else 'FAIL'} {name}: {text}  [{time.time() - t:.0f} s]", flush=True)
+        good &= ok is not False
+        print(f"{ {True: 'ok  ', None: 'miss', False: 'FAIL'}[ok]} {name}: {text}  [{time.time() - t:.0f} s]", flush=True)
     return 0 if good else 1
 
 
