@@ -48,12 +48,18 @@ rows_op = define(f"deform_rows({_SHAPE}, int count) -> Tensor", _rows,
 rows_backward_op = define(f"deform_rows_backward(Tensor grad, {_SHAPE}, Tensor(a!) dx, Tensor(b!) doffset, Tensor(c!)? dmask) -> ()", _rows_backward, lambda *a: None)
 
 # %% ../../nbs/02_ops/09_deform_conv.ipynb #pieces
-def _pieces(x, offset, cells): # first place and number of places, so that the rows of a piece take about 4 MB
-    places, step = len(x)*offset.shape[2]*offset.shape[3], max(64, 2**20 // max(1, cells*x.shape[1]))
+def _pieces(x, offset, cells): # first place and number of places, so that the rows of a piece take about 16 MB
+    places, step = len(x)*offset.shape[2]*offset.shape[3], max(64, 2**22 // max(1, cells*x.shape[1]))
     for first in range(0, places, step): yield first, min(step, places - first)
 
 def _matrices(weight, groups): # [C',C/groups,kh,kw] → [groups, C'/groups, cells · C/groups]
     return weight.permute(0, 2, 3, 1).reshape(groups, weight.shape[0]//groups, -1)
+
+# %% ../../nbs/02_ops/09_deform_conv.ipynb #products
+def _products(rows, m): # [n,groups,k], [groups,C,k] → [n,groups,C]
+    if rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available(): return torch.einsum("ngk,gck->ngc", rows, m)
+    places = rows.view(1, len(rows), 1, rows[0].numel()).permute(0, 3, 1, 2)                  # [1,groups·k,n,1], channels last
+    return torch.mkldnn_convolution(places, m.reshape(-1, m.shape[2], 1, 1), None, [0, 0], [1, 1], [1, 1], len(m)).permute(0, 2, 3, 1).reshape(len(rows), *m.shape[:2])
 
 # %% ../../nbs/02_ops/09_deform_conv.ipynb #conv
 def _conv(x, weight, offset, mask, geometry, groups):
@@ -61,8 +67,7 @@ def _conv(x, weight, offset, mask, geometry, groups):
     x = x.contiguous(memory_format=torch.channels_last)
     m, flat = _matrices(weight, groups), out.view(out.numel()//len(weight), groups, len(weight)//groups)        # flat [places,groups,C'/groups]
     for first, count in _pieces(x, offset, geometry[0]*geometry[1]):
-        rows = rows_op(x, offset, mask, geometry, groups, first, count)
-        for g in range(groups): torch.mm(rows[:,g], m[g].T, out=flat[first:first+count,g])
+        flat[first:first+count] = _products(rows_op(x, offset, mask, geometry, groups, first, count), m)
     return out.permute(0, 3, 1, 2)
 
 # %% ../../nbs/02_ops/09_deform_conv.ipynb #conv-backward
