@@ -172,8 +172,8 @@ def mean_ap(
     "COCO's mean average precision at the IoU of the verdicts; nan without objects."
     d, o = detections[detections["verdict"] != VERDICTS.index(IGNORED)], objects[~objects["ignore"]]
     right, label = d["verdict"] == VERDICTS.index(RIGHT), np.unique(o["label"]) if classes is None else classes
-    aps = [ap101(right[d["label"] == k], int((o["label"] == k).sum())) for k in label]
-    return float(np.nan_to_num(aps).mean()) if len(aps) else float("nan")
+    aps = [ap101(right[d["label"] == k], int((o["label"] == k).sum())) for k in label if k in d["label"] or k in o["label"]]
+    return float(np.nan_to_num(aps).mean()) if len(aps) else float("nan") if classes is None else 0.
 
 # %% ../../nbs/13_evaluation/04_errors.ipynb #fixed
 FIXES = (*KINDS, "false alarms", "not found") # the last two: all that is wrong among the detections, and among the objects

@@ -1,7 +1,7 @@
 "Explorers, each in one line: `from notebook_det import explore; explore.anchors(model, image, target)`."
 from importlib import import_module
 
-__all__ = ["anchors", "proposals", "assignment", "nms", "roi_align", "masks", "losses", "pipeline", "errors"]
+__all__ = ["anchors", "proposals", "assignment", "nms", "roi_align", "masks", "losses", "pipeline", "errors", "ablation", "run"]
 
 
 def __getattr__(name):

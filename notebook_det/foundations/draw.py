@@ -217,7 +217,7 @@ def rects(
 def _numbers(x): # rows of finite numbers: nan is drawn at 0
     return np.nan_to_num(np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=float), nan=0, posinf=1e6, neginf=-1e6).tolist()
 
-_LIGHT = {"#0072B2": "#56B4E9"}   # letters have a dark halo: the dark blue would drown in it
+_LIGHT = {"#0072B2": "#56B4E9", "#D55E00": "#FF9D5C", "#009E73": "#4FDDB0"}   # letters have a dark halo: dark colours would drown in it
 
 def _texts(rows, labels, colors): # labels with a dark halo, above their boxes (inside where there is no room)
     one = lambda b, text, c: (f'<text x="{max(b[0], 0):.1f}" y="{max(b[1], 0):.1f}" %EDGE:{max(b[0], 0):.1f}:{len(str(text))}% dy="%ROOM:{max(b[1], 0):.1f}%" fill="{_LIGHT.get(c, c)}">'

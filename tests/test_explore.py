@@ -1,0 +1,98 @@
+"Explorers without a browser: the error browser names the fault of a broken detector; clicks are part of the state."
+import json
+import numpy as np, pytest, torch
+from notebook_det import explore
+from notebook_det.data.coco import CocoDetection
+from notebook_det.data.toy import make_toy
+from notebook_det.explore import shell
+from notebook_det.explore.errors import ErrorScene, boxes_of, diagnosis, items, render
+from notebook_det.foundations.structures import Instances
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    toy = make_toy(tmp_path_factory.mktemp("toy"), num_train=1, num_val=25, size=128)
+    return CocoDetection(toy.val, toy.images)
+
+
+def found(data, how, seed=0):
+    "Detections made from the truth, a little inexact, then changed by `how`: Instances → Instances."
+    rng, out = np.random.default_rng(seed), []
+    for i in range(len(data)):
+        t = data.target(i); t = t[~t.ignore]
+        jitter = torch.from_numpy(rng.normal(0, .03, (len(t), 4))).float()*(t.boxes[:, 2:] - t.boxes[:, :2]).repeat(1, 2)
+        out.append(how(Instances(t.boxes + jitter, t.labels, torch.from_numpy(rng.uniform(.5, 1, len(t))).float())))
+    return out
+
+
+def scaled(b, k): c, s = (b[:, :2] + b[:, 2:])/2, (b[:, 2:] - b[:, :2])/2*k; return torch.cat([c - s, c + s], 1)
+
+
+def twice(f): return Instances(torch.cat([f.boxes, f.boxes + 1]), f.labels.repeat(2), torch.cat([f.scores, f.scores*.99 + .01]))
+
+
+FAULTS = {   # how it is broken → (what dominates, what is said)
+    "shifted": (lambda f: f.copy(boxes=f.boxes - torch.tensor([0, 8., 0, 8.])), "by wrong places", r"All boxes lie (7\.\d|8(\.\d)?) pixels too far up: put right, AP rises from \d+ to 100"),
+    "shifted by a share": (lambda f: f.copy(boxes=f.boxes + .4*(f.boxes[:, 2:] - f.boxes[:, :2]).repeat(1, 2)*torch.tensor([1., 0, 1, 0])), "by wrong places", r"All boxes lie (0\.4|0\.39|0\.41) of their size too far right"),
+    "too large": (lambda f: f.copy(boxes=scaled(f.boxes, 1.6)), "by wrong places", r"All boxes are 1\.(59|6|60|61) times as wide and 1\.(59|6|60|61) times as high"),
+    "swapped": (lambda f: f.copy(labels=torch.tensor([0, 2, 1])[f.labels]), "by wrong classes", r"Classes are exchanged: square is called triangle \((\d+) of \1 times\), triangle is called square"),
+    "never predicted": (lambda f: f[f.labels != 1], "no box came near", r"square is never predicted: its \d+ objects"),
+    "one name for two": (lambda f: f.copy(labels=torch.where(f.labels == 2, 1, f.labels)), "by wrong classes", r"triangle is called square \((\d+) of \1 times\)"),
+    "twice": (twice, "second boxes", r"second boxes on \d+ objects")}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_error_browser_names_the_fault(data, name):
+    import re
+    how, kind, words = FAULTS[name]
+    said = diagnosis(ErrorScene(found(data, how), data))
+    assert kind in said[0] and re.search(words, " ".join(said)), said
+    starts = ("All boxes", "Classes", "circle is never", "square is never", "triangle is never")
+    theories = [s for s in said if s.startswith(starts) or "second boxes on" in s and "Most" not in s]
+    assert re.search(words, theories[0]) and (len(theories) == 1 or name == "one name for two"), said           # nothing else is suspected
+
+
+def test_a_good_detector_is_not_accused(data): assert diagnosis(ErrorScene(found(data, lambda f: f), data)) == ["AP at IoU 0.5 is 100.", "No kind of mistakes costs more than a point."]
+
+
+def test_random_boxes_are_not_explained_away(data):
+    rng = np.random.default_rng(0)
+    def noise(f):
+        xy = torch.from_numpy(rng.uniform(0, 100, (8, 2))).float()
+        return Instances(torch.cat([xy, xy + torch.from_numpy(rng.uniform(5, 40, (8, 2))).float()], 1), torch.from_numpy(rng.integers(0, 3, 8)), torch.from_numpy(rng.random(8)).float())
+    assert not [s for s in diagnosis(ErrorScene(found(data, noise), data)) if s.startswith(("All boxes", "Classes are exchanged")) or "never" in s]
+
+
+def test_bars_open_their_images_one_after_another(data):
+    scene = ErrorScene(found(data, FAULTS["shifted"][0]), data)
+    box = explore.errors(scene)
+    assert box.state()["kind"] == "location" and "data-set=" in box.picture.value
+    n, seen = len(scene.images("location")), set()
+    for k in range(n):
+        box.set(number=k); seen.add(box.picture.below.value)
+        assert f"image {k + 1} of {n} with “location”" in box.picture.value and box.picture.value == str(render(scene, **box.state()))
+    assert len(seen) == n > 5                                                               # each has a photograph of its own
+    box.clicked.value = json.dumps({"set": {"kind": "missed", "number": 0, "picked": -1}, "n": 1})
+    assert box.state()["kind"] == "missed" and box.picture.value == str(render(scene, **box.state()))
+
+
+def test_a_click_picks_what_is_under_it(data):
+    scene = ErrorScene(found(data, FAULTS["swapped"][0]), data)
+    box = explore.errors(scene)
+    image = scene.images("class")[0]
+    d, o = items(scene, image, "class", .3)
+    for i, (x1, y1, x2, y2) in enumerate(boxes_of(scene, image, d, o)):
+        box.set(picked=-1); box.clicked.value = json.dumps(dict(x=(x1 + x2)/2, y=(y1 + y2)/2, n=i))
+        x, y, picked = (x1 + x2)/2, (y1 + y2)/2, box.state()["picked"]
+        here = boxes_of(scene, image, d, o)[picked]
+        assert here[0] <= x <= here[2] and here[1] <= y <= here[3] and 'class="chosen"' in box.picture.value
+
+
+def test_a_sheet_travels_only_when_it_has_changed(data):
+    scene = ErrorScene(found(data, FAULTS["swapped"][0]), data)
+    box, sent = explore.errors(scene), []
+    box.picture.below.observe(lambda c: sent.append("below"), "value"); box.picture.above.observe(lambda c: sent.append("above"), "value")
+    box.controls["picked"].value = 0; box.controls["score"].value = .7
+    assert set(sent) == {"above"} and len(box.picture.below.value) > 2000 and "data:" not in box.picture.above.value
+    box.controls["number"].value = 1
+    assert sent.count("below") == 1
