@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'LEFTOVERS', 'WRAPPERS', 'TORCHVISION', 'COCO_IDS', 'CLASS_LAYERS', 'StandIn', 'refused', 'read_file',
-           'find_state', 'class_names', 'background_last', 'from_v1', 'from_rpn', 'from_old_names', 'torchvision_name',
-           'from_torchvision_detector', 'from_backbone', 'convert', 'Report', 'some', 'compare', 'of_classes',
-           'count_classes', 'load_checkpoint', 'put', 'judge', 'names_of', 'load_imagenet', 'put_in', 'fetch',
-           'RoundedAnchors', 'torchvision_conventions']
+           'kept_average', 'find_state', 'class_names', 'background_last', 'from_v1', 'from_rpn', 'from_old_names',
+           'torchvision_name', 'from_torchvision_detector', 'from_backbone', 'convert', 'Report', 'some', 'compare',
+           'of_classes', 'count_classes', 'load_checkpoint', 'put', 'judge', 'names_of', 'load_imagenet', 'put_in',
+           'fetch', 'RoundedAnchors', 'torchvision_conventions']
 
 # %% ../../nbs/14_zoo/21_checkpoints.ipynb #8498b858
 import html, re
@@ -57,14 +57,19 @@ def read_file(
             if name is None or name in allow or not name.startswith(LEFTOVERS): raise
             allow[name] = (StandIn, name)
 
-# %% ../../nbs/14_zoo/21_checkpoints.ipynb #find-state
+# %% ../../nbs/14_zoo/21_checkpoints.ipynb #kept-average
 WRAPPERS = ("module.", "_orig_mod.")    # what DistributedDataParallel and torch.compile put before every name
+
+def kept_average(data)->dict|None: # what evaluations of a run with an EMA hook have seen
+    hooks = data.get("hooks") if isinstance(data, dict) else None
+    return next((h["average"] for h in hooks.values() if isinstance(h, dict) and h.get("average")), None) if isinstance(hooks, dict) else None
 
 def find_state(
     data, # what `read_file` gave
     name, # how the file is called
 )->dict:
-    "The tensors of a model by name, wherever the file keeps them."
+    "The tensors of a model by name, wherever the file keeps them; their average, where a run of ours kept one."
+    if average := kept_average(data): return average
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(data, dict) and isinstance(data.get(key), dict): data = data[key]; break
     state = {k: torch.as_tensor(v) for k,v in data.items() if isinstance(v, (Tensor, np.ndarray))} if isinstance(data, dict) else {}
