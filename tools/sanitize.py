@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
-TESTS = ["tests/test_ops.py", "tests/test_ops_roi.py", "tests/test_ops_more.py"]
+TESTS = ["tests/test_ops.py", "tests/test_ops_roi.py", "tests/test_ops_more.py", "tests/test_emulated.py"]
 # What needs a process of its own (it would not be sanitized), compiles in torch, or measures memory
 LEAVE = "not world and not compiler and not torchs_checks and not compile and not opcheck and not memory and not stale and not again and not notebook"
 
@@ -39,7 +39,8 @@ def main():
         shutil.copy(ROOT/"conftest.py", folder); shutil.copy(ROOT/"pytest.ini", folder); shutil.copy(ROOT/"setup.py", folder); shutil.copy(ROOT/"settings.ini", folder)
         build(folder, cxx)
         runtime = [subprocess.run([cxx, f"-print-file-name={lib}"], capture_output=True, text=True, check=True).stdout.strip() for lib in ("libasan.so", "libubsan.so")]
-        env = os.environ | dict(LD_PRELOAD=":".join(runtime), ASAN_OPTIONS="detect_leaks=0:abort_on_error=1", UBSAN_OPTIONS="print_stacktrace=1", OMP_NUM_THREADS="1", PYTHONPATH=str(folder))
+        env = os.environ | dict(LD_PRELOAD=":".join(runtime), ASAN_OPTIONS="detect_leaks=0:abort_on_error=1", UBSAN_OPTIONS="print_stacktrace=1", OMP_NUM_THREADS="1", PYTHONPATH=str(folder),
+                                 NDET_EMULATED_FLAGS=" ".join(SANITIZE))                  # the kernels for GPUs, as tests/test_emulated.py compiles them for a CPU
         env.pop("NOTEBOOK_DET_OPS")
         check = "from notebook_det.ops.library import LOADED; import sys; sys.exit(LOADED if 'reference' in LOADED else 0)"
         if subprocess.run([sys.executable, "-c", check], cwd=folder, env=env).returncode: return 1

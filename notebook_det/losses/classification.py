@@ -86,7 +86,7 @@ class FocalLoss(Loss):
         return torch.where(right, self.alpha, 1 - self.alpha) * z.sigmoid().pow(self.gamma) * F.softplus(z)
 
     def forward(self, pred, target, sample_weight=None, avg_factor=None):
-        fused = not (self.reduction == "none" or target.is_floating_point() or pred.is_cuda or torch.compiler.is_compiling()) and has_kernel("focal_loss")
+        fused = not (self.reduction == "none" or target.is_floating_point() or torch.compiler.is_compiling()) and has_kernel("focal_loss", "CUDA" if pred.is_cuda else "CPU")
         if not fused or sample_weight is not None and (sample_weight.requires_grad or sample_weight.shape not in (pred.shape, target.shape)):
             return super().forward(pred, target, sample_weight, avg_factor)
         total = sigmoid_focal_sum(pred, target, sample_weight, self.gamma, self.alpha)
