@@ -65,7 +65,7 @@ def experiment(m)->Config: # m: a match of NAME
     masks, detectron = m["family"] == "mask-rcnn", not (m["start"] or m["ws"])
     model = faster_rcnn(backbone_of(m), pixels=caffe_pixels() if detectron else torchvision_pixels(), masks=masks)
     with_norm(conv_heads(model), group_norm, WSConv2d if m["ws"] else None)
-    if m["start"] == "scratch": from_scratch(model).backbone.zero_init_residual = False
+    if m["start"] == "scratch": from_scratch(model)
     return Config(Experiment, model, Config(Data, masks=masks), _schedule(m), _pretrained(m))
 
 def _schedule(m):

@@ -152,11 +152,12 @@ def set_classes(
 def from_scratch(
     recipe:Config, # changed in place and returned
 )->Config:
-    "Without ImageNet weights nothing may be frozen: neither the first layers nor the statistics of the norms."
+    "Without ImageNet weights nothing may be frozen, neither the first layers nor the statistics of the norms, and no block begins as a mere shortcut."
     for node in select(recipe, object):
         if takes(node, "frozen_stages"): node.frozen_stages = -1
         if takes(node, "norm_eval"): node.norm_eval = False
         if takes(node, "norm_grad"): node.norm_grad = True
+        if takes(node, "zero_init_residual"): node.zero_init_residual = False
     return recipe
 
 # %% ../../nbs/14_zoo/01_parts.ipynb #laptop
