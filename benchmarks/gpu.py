@@ -68,16 +68,19 @@ def cases(quick):
         for k, (m, s) in enumerate(zip(maps, scales)):
             mine = (level == k).nonzero().flatten(); out[mine] = tv.roi_align(m, rois[mine].to(m.dtype), bins, s, 0, True)
         return out
-    for dtype, eps in ((torch.float32, 1e-3), (torch.float16, .2)):
+    near = lambda a, b, eps: ((a.float() - b.float()).norm() <= eps*b.float().norm()).item()
+    for dtype, eps in ((torch.float32, 1e-5), (torch.float16, 2e-3)):                       # both beside torchvision in float32: in half precision it rounds the boxes
         for layout, name in ((torch.channels_last, "channels last"), (torch.contiguous_format, "planes")):
             for bins in (7, 14):
                 here, plain = [m.to(dtype).contiguous(memory_format=layout) for m in maps], [m.to(dtype) for m in maps]
                 what = f"{R} × {C} × {bins} × {bins}, {str(dtype)[6:]}, {name}"
-                yield f"roi_align {what}", lambda: pyramid_roi_align(here, rois, level, bins, scales), lambda: loop(plain, rois, bins), within(eps), "torchvision, level by level"
+                yield f"roi_align {what}", lambda: pyramid_roi_align(here, rois, level, bins, scales), lambda: loop(plain, rois, bins), lambda a, _: near(a, loop([m.float() for m in plain], rois, bins), eps), "torchvision, level by level"
                 leaves, theirs = [m.requires_grad_() for m in here], [m.clone().requires_grad_() for m in plain]
                 ours, peer, y = pyramid_roi_align(leaves, rois, level, bins, scales), loop(theirs, rois, bins), rand(R, C, bins, bins).to(dtype)
+                exact = [m.detach().float().requires_grad_() for m in plain]
+                slopes = torch.autograd.grad(loop(exact, rois, bins), exact, y.float())
                 yield (f"roi_align backward {what}", lambda: torch.autograd.grad(ours, leaves, y, retain_graph=True), lambda: torch.autograd.grad(peer, theirs, y, retain_graph=True),
-                       lambda a, b: all(((x.float() - z.float()).norm() <= 30*eps*z.float().norm()).item() for x, z in zip(a, b)), "torchvision, level by level")
+                       lambda a, _: all(near(x, z, eps) for x, z in zip(a, slopes)), "torchvision, level by level")
     f, few = maps[2].detach().contiguous(memory_format=torch.channels_last), rois[:50]
     offset = torch.randn(50, 2, 7, 7, generator=g).to(dev)
     ref = lambda name, *a: REFERENCES[f"notebook_det::{name}"](*a)
