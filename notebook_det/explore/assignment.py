@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Rule', 'AssignmentScene', 'positives', 'missed', 'side', 'render', 'explore']
 
-# %% ../../nbs/15_explore/03_assignment.ipynb #1845553d
+# %% ../../nbs/15_explore/03_assignment.ipynb #a7e528cc
 import copy
 import torch
-from .shell import beside, caption, explorer, stack
+from .shell import beside, caption, chosen, detector, explorer, in_one_line, stack, under
 from ..foundations.draw import Jpeg, color_of, dots, rects, svg
 from ..foundations.structures import Assignment, Trace, as_instances
 
@@ -38,7 +38,7 @@ class AssignmentScene:
                  models,  # name → detector; or one detector
                  image,   # [3,H,W] uint8
                  target): # its objects
-        models = models if isinstance(models, dict) else {type(models).__name__: models}
+        models = {k: detector(m) for k,m in models.items()} if isinstance(models, dict) else {type(m := detector(models)).__name__: m}
         self.target, self.jpeg = as_instances(target), Jpeg(image, 420)
         self.rules = {name: Rule(m, image, self.target) for name,m in models.items()}
 
@@ -51,9 +51,9 @@ def missed(a:Assignment, objects)->torch.Tensor: # [G] bool: objects that nobody
     return (positives(a, objects) == 0) & ~ignore
 
 # %% ../../nbs/15_explore/03_assignment.ipynb #side
-def side(scene, name, a, level=-1): # one half: the rule's name, its Assignment, a level or all (-1)
+def side(scene, name, a, level=-1, picked=-1): # one half: the rule's name, its Assignment, a level or all (-1)
     rule, g = scene.rules[name], scene.target
-    here = a.positive & ((rule.level == level) | (level < 0))
+    here = a.positive & ((rule.level == level) | (level < 0)) & ((a.gt_index == picked) | (picked < 0))
     p = rule.priors[here]
     centre = (p[:, :2] + p[:, 2:]) / 2
     tips = [f"{w:.0f}×{h:.0f} on level {k}, IoU {i:.2f}" for w,h,k,i in zip(*(p[:, 2:] - p[:, :2]).T.tolist(), rule.level[here].tolist(), a.iou[here].tolist())]
@@ -62,15 +62,18 @@ def side(scene, name, a, level=-1): # one half: the rule's name, its Assignment,
     layers = [rects(g.boxes[~lost], "object", [str(c) for c,l in zip(n.tolist(), lost.tolist()) if not l], colors=[c for c,l in zip(colors, lost.tolist()) if not l]),
               rects(g.boxes[lost], "lost", ["nobody"] * int(lost.sum())), dots(centre, "positive", 2.2, tips, [colors[i] for i in a.gt_index[here].tolist()])]
     got = n[~lost].tolist() or [0]
+    if 0 <= picked < len(g): layers.append(chosen(g.boxes[picked], str(int(n[picked]))))
+    mine = sorted(set(rule.level[a.positive & (a.gt_index == picked)].tolist()))
+    whom = f"object {picked}: {int(n[picked])} priors" + (f" on level {', '.join(map(str, mine))}" if mine else "") if 0 <= picked < len(g) else f"{min(got)} … {max(got)} for an object, {int(lost.sum())} objects without"
     return stack(svg(scene.jpeg, *layers, width=420), caption(name, f"{int(a.positive.sum())} positive, {int(a.ignored.sum())} ignored of {len(rule.priors):,}",
-                 f"{min(got)} … {max(got)} for an object, {int(lost.sum())} objects without", width=420))
+                 whom, width=420))
 
-def render(scene, left=None, right=None, level=-1, pos_iou=.5, neg_iou=.4, low_quality=True, radius=1.5):
+def render(scene, left=None, right=None, level=-1, pos_iou=.5, neg_iou=.4, low_quality=True, radius=1.5, picked=-1):
     "Left: a detector's rule as it is. Right: one with the thresholds of the sliders."
     names = list(scene.rules)
     left, right = left or names[0], right or names[min(1, len(names) - 1)]
     changed = scene.rules[right](scene.target, pos_iou=pos_iou, neg_iou=min(neg_iou, pos_iou), low_quality=low_quality, radius=radius)
-    return beside(side(scene, left, scene.rules[left].decided, level), side(scene, right, changed, level))
+    return beside(side(scene, left, scene.rules[left].decided, level, picked), side(scene, right, changed, level, picked))
 
 # %% ../../nbs/15_explore/03_assignment.ipynb #explore
 def explore(
@@ -82,6 +85,9 @@ def explore(
     scene = models if isinstance(models, AssignmentScene) else AssignmentScene(models, image, target)
     names, own = list(scene.rules), next((r.assigner for r in scene.rules.values() if hasattr(r.assigner, "pos_iou")), None)
     radius = next((r.assigner.radius for r in scene.rules.values() if getattr(r.assigner, "radius", 0)), 0.)
-    def view(left=names[0], right=names[min(1, len(names) - 1)], level=-1, pos_iou=getattr(own, "pos_iou", .5), neg_iou=getattr(own, "neg_iou", .4), low_quality=True, radius=radius):
-        return render(scene, left, right, level, pos_iou, neg_iou, low_quality, radius)
-    return explorer(view, left=names, right=names, level=(-1, int(max(r.level.max() for r in scene.rules.values()))), pos_iou=(.05, .95, .05), neg_iou=(.05, .95, .05), low_quality=True, radius=(0., 3., .25))
+    def view(left=names[0], right=names[min(1, len(names) - 1)], level=-1, pos_iou=getattr(own, "pos_iou", .5), neg_iou=getattr(own, "neg_iou", .4), low_quality=True, radius=radius, picked=-1):
+        return render(scene, left, right, level, pos_iou, neg_iou, low_quality, radius, picked)
+    def pick(x, y, picked, **_): return dict(picked=under(scene.target.boxes, x, y, picked))
+    return explorer(view, pick, left=names, right=names, level=(-1, int(max(r.level.max() for r in scene.rules.values()))), pos_iou=(.05, .95, .05), neg_iou=(.05, .95, .05), low_quality=True, radius=(0., 3., .25), picked=(-1, max(len(scene.target) - 1, 0)))
+
+in_one_line(__name__)

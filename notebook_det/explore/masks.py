@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['overlap', 'MaskScene', 'coloured', 'render', 'explore']
 
-# %% ../../nbs/15_explore/06_masks.ipynb #5f4b2da4
+# %% ../../nbs/15_explore/06_masks.ipynb #4db7c8e3
 import torch
 from torch import Tensor
 from .losses import veil
 from .roi_align import heat
-from .shell import beside, caption, explorer, stack
+from .shell import beside, caption, detector, explorer, in_one_line, stack, under
 from ..foundations.draw import Jpeg, rects, svg
 from ..foundations.structures import Instances, as_instances
 from ..ops.masks import crop_masks, paste_masks
@@ -26,7 +26,7 @@ class MaskScene:
                  image,      # [3,H,W] uint8
                  target,     # Instances or dict with masks (and labels)
                  model=None):# a detector with a mask head
-        self.image, self.target = image, as_instances(target)
+        self.jpeg, self.target = Jpeg(image, 320), as_instances(target)
         if self.target.masks is None: raise ValueError("these objects have no masks")
         self.size, self.head, self.threshold = tuple(image.shape[-2:]), getattr(model, "roi_head", None), .5
         if model is None: return
@@ -55,9 +55,8 @@ def render(scene, index=0, what="learnt", side=28, threshold=.5, shift=0., grow=
     if what == "answered" and scene.head is None: raise ValueError("there is no detector to answer")
     small = scene.learn(index, box, side) if what == "learnt" else scene.answer(index, box)
     back = paste_masks(small[None], box, scene.size, threshold)[0]
-    jpeg = Jpeg(scene.image, 320)
-    left = svg(jpeg, coloured(scene.size, (truth, (86, 180, 233))), rects(box, "object"), width=320)
-    right = svg(jpeg, coloured(scene.size, (back & truth, (230, 159, 0)), (back & ~truth, (213, 94, 0)), (truth & ~back, (0, 114, 178))), rects(box, "object"), width=320)
+    left = svg(scene.jpeg, coloured(scene.size, (truth, (86, 180, 233))), rects(box, "object"), width=320)
+    right = svg(scene.jpeg, coloured(scene.size, (back & truth, (230, 159, 0)), (back & ~truth, (213, 94, 0)), (truth & ~back, (0, 114, 178))), rects(box, "object"), width=320)
     text = f"IoU {overlap(back, truth):.3f}: {int((back & ~truth).sum())} pixels too many, {int((truth & ~back).sum())} missing of {int(truth.sum())}"
     note = f"{what}, {small.shape[-1]}×{small.shape[-1]}, values {float(small.min()):.2f} … {float(small.max()):.2f}"
     return stack(beside(left, heat(small, 224), right, columns=3), caption(note, f"back in the picture at {threshold:g}: {text}", width=880))
@@ -68,7 +67,10 @@ def explore(
     model=None,    # a detector with a mask head: its answers too
 ):
     "The mask explorer: a widget."
-    scene = image if isinstance(image, MaskScene) else MaskScene(image, target, model)
+    scene = image if isinstance(image, MaskScene) else MaskScene(image, target, model and detector(model))
     if not len(scene.target): raise ValueError("the picture has no object")
     def view(index=0, what="learnt", side=28, threshold=scene.threshold, shift=0., grow=0.): return render(scene, index, what, side, threshold, shift, grow)
-    return explorer(view, index=(0, len(scene.target) - 1), what=["learnt"] + ["answered"] * (scene.head is not None), side=(2, 56), threshold=(.05, .95, .05), shift=(-.5, .5, .05), grow=(-.5, 1., .05))
+    def pick(x, y, index, **_): return {"index": i} if (i := under(scene.target.boxes, x, y, index)) >= 0 else {}
+    return explorer(view, pick, index=(0, len(scene.target) - 1), what=["learnt"] + ["answered"] * (scene.head is not None), side=(2, 56), threshold=(.05, .95, .05), shift=(-.5, .5, .05), grow=(-.5, 1., .05))
+
+in_one_line(__name__)

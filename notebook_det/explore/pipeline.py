@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['steps_of', 'run', 'lost', 'frame', 'render', 'PipelineScene', 'explore']
 
-# %% ../../nbs/15_explore/08_pipeline.ipynb #2c4d47de
+# %% ../../nbs/15_explore/08_pipeline.ipynb #d70ae5c0
 import torch
-from .shell import beside, caption, explorer, stack
+from .shell import beside, caption, explorer, in_one_line, link, stack
 from ..foundations.draw import Jpeg, rects, svg
 from ..foundations.structures import as_instances
 
@@ -54,8 +54,8 @@ def render(scene, seed=0, step=-1, width=220):
     stages = run(scene.steps, scene.image, scene.target, seed)
     where = lost(stages)
     frames = [(name, image, target, {r: stages[k + 1][0] for r,j in where.items() if j == k + 1}) for k,(name, image, target) in enumerate(stages)]
-    if step >= 0: return frame(*frames[min(step, len(frames) - 1)], 640)
-    return beside(*(frame(*f, width) for f in frames), columns=4)
+    if step >= 0: return link(frame(*frames[min(step, len(frames) - 1)], 640), step=-1)      # a click: back to the strip
+    return beside(*(link(frame(*f, width), step=k) for k,f in enumerate(frames)), columns=4)
 
 class PipelineScene:
     "A picture, its objects, and the transforms that training sends them through."
@@ -74,3 +74,5 @@ def explore(
     scene = transform if isinstance(transform, PipelineScene) else PipelineScene(transform, image, target)
     def view(seed=0, step=-1): return render(scene, seed, step)
     return explorer(view, seed=(0, 99), step=(-1, len(scene.steps)))
+
+in_one_line(__name__)

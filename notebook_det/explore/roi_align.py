@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['sampling_points', 'read', 'RoIScene', 'heat', 'grid_lines', 'bins', 'render', 'explore']
 
-# %% ../../nbs/15_explore/05_roi_align.ipynb #9d2ec4f8
-import copy, math
+# %% ../../nbs/15_explore/05_roi_align.ipynb #d4a75fec
+import base64, copy, io, math
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from .shell import caption, explorer, stack
+from .shell import caption, detector, explorer, in_one_line, stack, under
 from ..foundations.draw import Jpeg, Picture, dots, rects, svg
 from ..foundations.structures import as_instances
 
@@ -65,8 +66,11 @@ def heat(values:Tensor, width=200, title="")->Picture: # [h,w] → a picture in 
     t = ((values - low) / max(high - low, 1e-6)).unsqueeze(-1)
     ends = [torch.tensor(c) / 255. for c in ((0, 114, 178), (235, 235, 235), (230, 159, 0))]
     rgb = torch.where(t < .5, ends[0] + (ends[1] - ends[0])*2*t, ends[1] + (ends[2] - ends[1])*(2*t - 1)).permute(2, 0, 1)
-    k = max(width // values.shape[1], 1)
-    return svg(Jpeg((rgb * 255).to(torch.uint8).repeat_interleave(k, 1).repeat_interleave(k, 2), 2000, 90), width=width)
+    file, (h, w) = io.BytesIO(), values.shape
+    Image.fromarray((rgb.permute(1, 2, 0) * 255).byte().numpy()).save(file, "PNG")
+    height = max(round(h * width / w), 1)
+    return Picture(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"><image class="heat" href="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" '
+                   f'width="{width}" height="{height}" preserveAspectRatio="none" style="image-rendering:pixelated"/></svg>')
 
 def grid_lines(size, stride)->str: # the borders of feature pixels, as an SVG layer
     h, w = size
@@ -99,8 +103,11 @@ def explore(
     target,  # boxes to read
 ):
     "The RoIAlign explorer: a widget."
-    scene = model if isinstance(model, RoIScene) else RoIScene(model, image, target)
+    scene = model if isinstance(model, RoIScene) else RoIScene(detector(model), image, target)
     if not len(scene.boxes): raise ValueError("the picture has no box to read")
     e = scene.extractor
     def view(index=0, zoom=1., size=e.output_size, ratio=e.sampling_ratio, aligned=e.aligned, level=-1, channel=0): return render(scene, index, zoom, size, ratio, aligned, level, channel)
-    return explorer(view, index=(0, len(scene.boxes) - 1), zoom=(.25, 3., .05), size=(1, 14), ratio=(0, 4), aligned=True, level=(-1, len(e.strides) - 1), channel=(0, scene.features[0].shape[1] - 1))
+    def pick(x, y, index, **_): return {"index": i} if (i := under(scene.boxes, x, y, index)) >= 0 else {}
+    return explorer(view, pick, index=(0, len(scene.boxes) - 1), zoom=(.25, 3., .05), size=(1, 14), ratio=(0, 4), aligned=True, level=(-1, len(e.strides) - 1), channel=(0, scene.features[0].shape[1] - 1))
+
+in_one_line(__name__)

@@ -201,10 +201,10 @@ def rects(
     color, dash, line = STYLES[kind]
     line = width or line
     dashes = f' stroke-dasharray="{" ".join(f"{d * line:g}" for d in dash)}"' if dash else ""
-    rows = _numbers(boxes)
+    rows, solid = _numbers(boxes), ' stroke-dasharray="none"' if dash else ""                                    # a browser needs long for 500 dashed boxes in one path
     dark = "".join(f"M{x1:.1f} {y1:.1f}H{x2:.1f}V{y2:.1f}H{x1:.1f}Z" for x1, y1, x2, y2 in rows)   # below the lines: they show on light and dark
     out = [f'<g class="{kind}" fill="{fill}" stroke="{color}" stroke-width="{line}"{dashes}>',
-           f'<path d="{dark}" fill="none" stroke="#000" stroke-opacity=".35" stroke-width="{line + 1.5}" vector-effect="non-scaling-stroke"/>']
+           f'<path d="{dark}" fill="none" stroke="#000" stroke-opacity=".35" stroke-width="{line + 1.5}"{solid} vector-effect="non-scaling-stroke"/>']
     for i, (x1, y1, x2, y2) in enumerate(rows):
         own = f' stroke="{colors[i]}"' if colors is not None else ""
         tip = f"><title>{html.escape(str(titles[i]))}</title></rect>" if titles is not None else "/>"
