@@ -94,6 +94,7 @@ template <class T> struct Line {
     const double step = points > 0 ? double(bin) / points : 0, first = double(begin) + bin_number * double(bin);
     double i0 = 0, i1 = points;
     if (step > 0) i0 = std::max(i0, std::floor((-1 - first) / step - .5) - 2), i1 = std::min(i1, std::ceil((size - first) / step - .5) + 2);
+    if (!(i1 < 9e15) || first != first) i1 = i0;     // beyond 2⁵³ i + 1 is i; an offset that is no number: no point lies anywhere
     for (double i = i0; i < i1; i++) {
       const T at = begin + T(bin_number) * bin + (T(i) + T(.5)) * bin / n;
       if (!(at >= T(-1) && at <= T(size))) continue;

@@ -47,9 +47,10 @@ template <class T> struct Axis {
         i0 = std::max(i0, std::floor((-1 - begin) / step - .5) - 2);
         i1 = std::min(i1, std::ceil((size - begin) / step - .5) + 2);
       }
+      if (!(i1 < 9e15)) i1 = i0;                    // beyond 2⁵³ i + 1 is i; or a RoI whose width is no number
       for (double i = i0; i < i1; i++) {
         T at = start + T(b) * bin + (T(i) + T(.5)) * bin / n;
-        if (at < T(-1) || at > T(size)) continue;
+        if (!(at >= T(-1) && at <= T(size))) continue;
         if (at < 0) at = 0;
         int32_t p = int32_t(at);
         if (p >= size - 1) { tap(size - 1, T(1), from); continue; }

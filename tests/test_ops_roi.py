@@ -234,3 +234,14 @@ def test_pools_torchs_checks():
         try: out = pool.deform_roi_pool(big, many, moved, 7, .5); answers.append((out, *torch.autograd.grad(out, (big, moved), torch.ones_like(out))))
         finally: torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*answers))
+
+
+@pytest.mark.parametrize("far", [1e15, 1e30, 3e38])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_boxes_without_end(far, ratio):
+    "Boxes so large that no point can be told from the next one (or whose width is no number) give finite values, at once; so does an offset that is no number."
+    if not library.has_kernel("roi_align"): pytest.skip("the definition in torch lists all points of a box")
+    maps, rois = torch.rand(1, 4, 20, 20), torch.tensor([[0, -far, 0., far, 9.], [0, far, far, far, far], [0, -far, -far, far, far]])
+    for m in (maps, maps.contiguous(memory_format=LAST)): assert roi.roi_align(m, rois, 7, 1., ratio).isfinite().all()
+    nowhere = torch.full((3, 2, 7, 7), math.nan)
+    for o in (None, nowhere): assert pool.deform_roi_pool(maps, rois, o, 7, 1., ratio).isfinite().all()
