@@ -1,5 +1,5 @@
 """Studies: what a reader queues is what is trained, whatever is killed on the way; results are read from the disk."""
-import csv, io, json, os, signal, sys, time
+import csv, io, json, os, signal, sys, threading, time
 from pathlib import Path
 import pytest, torch
 from notebook_det.data.toy import make_toy
@@ -70,6 +70,14 @@ def test_a_lock_dies_with_its_process(tmp_path):
     assert f is not None and take(tmp_path/"lock") is None and held(tmp_path/"lock")
     f.close()
     assert not held(tmp_path/"lock") and not held(tmp_path/"never")
+    stop, wrong = threading.Event(), []
+    def look():
+        while not stop.is_set(): wrong.append(held(tmp_path/"lock"))
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for t in lookers: t.start()
+    time.sleep(.3); stop.set()
+    for t in lookers: t.join()
+    assert len(wrong) > 10 and not any(wrong)                                # who looks is not taken for who holds
     pid = os.fork()
     if not pid: take(tmp_path/"lock"); f = take(tmp_path/"lock2"); f.write(str(os.getpid())); f.flush(); time.sleep(60); os._exit(0)
     assert wait_for(lambda: holder(tmp_path/"lock2") == pid, 10)

@@ -102,7 +102,7 @@ def test_it_goes_on_without_browser_and_kernel(lab, page, files, tmp_path):
     assert len(study.runs()) == 1 and (run.state == "done" or holder(run.folder/"lock") == trainer)              # the same run, the same process
     box = page.locator(".ndet-run"); box.scroll_into_view_if_needed()
     shows(page, box, "ended")
-    assert run.state == "done" and run.result["iterations"] == 200 and "200 of 200" in box.locator("svg").first.text_content()
+    assert wait_for(lambda: run.state == "done", 60) and run.result["iterations"] == 200 and "200 of 200" in box.locator("svg").first.text_content()
     assert wait_for(lambda: not ask_json(page, "view.ticker.running"), 20)                                       # a run that has ended is looked at no more
     page.screenshot(path=os.environ.get("LAB_SHOT4", str(tmp_path/"run.png")))
     assert study.wait(60)
