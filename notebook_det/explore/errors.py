@@ -155,7 +155,7 @@ def cost_bars(scene, kind, width=330, row=21)->Picture:
     for i,k in enumerate(KINDS):
         w, bold = max(float(scene.costs[k]), 0)/top*(width - 200), ' font-weight="700"' if k == kind else ""
         bar = f'<rect y="{i*row}" width="{width}" height="{row}" fill="{"#e8f0f6" if k == kind else "#fff"}"/><rect class="bar" x="84" y="{i*row+4}" width="{w:.1f}" height="{row-8}" fill="{PALETTE[0] if k == kind else "#9bb8cc"}"/>'
-        body.append(link(bar + text(4, i*row + 15, k, bold) + text(88 + w, i*row + 15, f"{100*float(scene.costs[k]):+.1f} AP, {n[k]}", bold), kind=k, number=0, picked=-1))
+        body.append(link(bar + text(4, i*row + 15, k, bold) + text(88 + w, i*row + 15, f"{100*float(scene.costs[k]):+.1f} AP, {n[k]}", bold), kind=k, number=0, label="all", picked=-1))
     return sheet(width, len(KINDS)*row + 2, "".join(body))
 
 # %% ../../nbs/15_explore/09_errors.ipynb #pr-curve

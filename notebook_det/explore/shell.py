@@ -75,16 +75,16 @@ _TAG = re.compile(r'<image href="data:image/jpeg[^>]*>')                     # a
 _AREA = re.compile(r'<rect class="photo"[^>]*>')                             # what stands for it above
 
 def lower(picture)->str: # the photographs alone, where they are
-    "The sheet that stays. Heights of what surrounds them are left out, so that a line of text more or less does not change it."
-    opened, body, width = [], [], "0"
+    "The sheet that stays. What stands below them is left out, so that a line of text more or less does not change it."
+    opened, body, width, height = [], [], "0", 0
     for tag in re.findall(r'<svg [^>]*>|</svg>|<image href="data:image/jpeg[^>]*>', picture):
         if tag == "</svg>": opened.pop()
         elif tag.startswith("<svg"): opened.append(tag)
         else:
             x, y = (sum(float(m[1]) for t in opened if (m := re.search(rf' {k}="([-.\d]+)"', t))) for k in "xy")
             body.append(_place(re.sub(r' [xy]="[-.\d]+"', "", opened[-1]), f"{x:g}", f"{y:g}") + tag + "</svg>")
-            width = re.search(r'width="(\d+)"', opened[0])[1]
-    page = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{width}" viewBox="0 0 {width} {width}" style="max-width:100%;height:auto;overflow:visible">'
+            width, height = re.search(r'width="(\d+)"', opened[0])[1], max(height, int(y) + _size(opened[-1])[1])
+    page = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="max-width:100%;height:auto">'
     return page + "".join(body) + "</svg>" if body else ""
 
 def upper(picture)->str: # the same page, with an invisible area for each photograph
