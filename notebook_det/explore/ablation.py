@@ -617,7 +617,7 @@ class Builder:
         wide = W.Layout(width="98%")
         self.filter = W.Text(placeholder="filter: loss, lr, norm …", continuous_update=True, layout=wide)
         self.tree = W.Select(options=tree_options(study.base), rows=14, layout=wide).add_class("ndet-tree")
-        self.about, self.values = W.HTML(layout=W.Layout(height="190px", overflow="auto")), W.Combobox(placeholder="values; separated by ;", ensure_option=False, continuous_update=True, layout=wide)
+        self.about, self.values = W.HTML(layout=W.Layout(height="190px", overflow="auto")), W.Combobox(placeholder="values; separated by ;", ensure_option=False, continuous_update=False, layout=wide)
         self.add, self.back, self.queue = (W.Button(description=d, tooltip=t, layout=W.Layout(width="auto")) for d,t in
             (("add", "these values, to what will be multiplied into a grid"), ("take back", "the last one"), ("queue", "put every combination into the queue")))
         self.gathered = W.HTML()
@@ -633,7 +633,8 @@ class Builder:
     def show(self): # what is chosen in the list
         path = self.tree.value
         if path is None: self.about.value = "nothing has this in its name"; return
-        self.about.value, self.values.options, self.values.value = about_html(self.study.base, path), about(self.study.base, path).choices, ""
+        self.values.options, self.values.value = about(self.study.base, path).choices, ""
+        self.about.value = about_html(self.study.base, path)                                       # last: who reads it may type
     def guarded(self, fn): # what goes wrong is a sentence
         try: fn()
         except Exception as e: self.tell(sentence(e), wrong=True)
