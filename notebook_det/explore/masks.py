@@ -56,7 +56,7 @@ def render(scene, index=0, what="learnt", side=28, threshold=.5, shift=0., grow=
     small = scene.learn(index, box, side) if what == "learnt" else scene.answer(index, box)
     back = paste_masks(small[None], box, scene.size, threshold)[0]
     left = svg(scene.jpeg, coloured(scene.size, (truth, (86, 180, 233))), rects(box, "object"), width=320)
-    right = svg(scene.jpeg, coloured(scene.size, (back & truth, (230, 159, 0)), (back & ~truth, (213, 94, 0)), (truth & ~back, (0, 114, 178))), rects(box, "object"), width=320)
+    right = svg(scene.jpeg, coloured(scene.size, (back & truth, (240, 228, 66)), (back & ~truth, (213, 94, 0)), (truth & ~back, (0, 114, 178))), rects(box, "object"), width=320)
     text = f"IoU {overlap(back, truth):.3f}: {int((back & ~truth).sum())} pixels too many, {int((truth & ~back).sum())} missing of {int(truth.sum())}"
     note = f"{what}, {small.shape[-1]}×{small.shape[-1]}, values {float(small.min()):.2f} … {float(small.max()):.2f}"
     return stack(beside(left, heat(small, 224), right, columns=3), caption(note, f"back in the picture at {threshold:g}: {text}", width=880))

@@ -13,7 +13,7 @@ from ..foundations.draw import PALETTE, Picture, dots, rects
 
 # %% ../../nbs/15_explore/00_shell.ipynb #size
 def _size(p): return tuple(int(re.search(rf'{k}="(\d+)"', p)[1]) for k in ("width", "height"))       # (width, height) on the page
-def _place(p, x, y): return re.sub(r' style="[^"]*"', "", p, count=1).replace("<svg ", f'<svg x="{x}" y="{y}" ', 1)
+def _place(p, x, y): return re.sub(r'^(<svg [^>]*?) style="[^"]*"', r"\1", p).replace("<svg ", f'<svg x="{x}" y="{y}" ', 1)
 def _page(width, height, body):
     return Picture(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif" style="max-width:100%;height:auto">{"".join(body)}</svg>')
 
