@@ -6,7 +6,10 @@ from notebook_det.data.coco import CocoDetection
 from notebook_det.data.toy import make_toy
 from notebook_det.explore import shell
 from notebook_det.explore.errors import ErrorScene, boxes_of, diagnosis, items, render
+from notebook_det.data.transforms import Compose, RandomFlip, Resize
+from notebook_det.foundations.recipes import build
 from notebook_det.foundations.structures import Instances
+from notebook_det.zoo import recipes
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,59 @@ def test_a_sheet_travels_only_when_it_has_changed(data):
     assert set(sent) == {"above"} and len(box.picture.below.value) > 2000 and "data:" not in box.picture.above.value
     box.controls["number"].value = 1
     assert sent.count("below") == 1
+
+
+def full(data): return max(range(len(data)), key=lambda i: len(data.target(i)))              # the picture with most objects
+
+
+def changed(recipe, path, value): # a recipe with one argument changed, "rpn_head.assigner.pos_iou" for example
+    *nodes, name = path.split(".")
+    node = recipe
+    for n in nodes: node = getattr(node, n)
+    assert getattr(node, name) != value
+    setattr(node, name, value)
+    return recipe
+
+
+NODES = {   # explorer: (detector, argument of its recipe, another value)
+    "anchors": (recipes.faster_rcnn, "rpn_head.assigner.pos_iou", .3),
+    "proposals": (recipes.faster_rcnn, "rpn_head.train_rule.iou_threshold", .2),
+    "assignment": (recipes.retinanet, "bbox_head.assigner.pos_iou", .2),
+    "nms": (recipes.retinanet, "bbox_head.rule.iou_threshold", .1),
+    "roi_align": (recipes.faster_rcnn, "roi_head.bbox_roi_extractor.output_size", 3),
+    "losses": (recipes.retinanet, "bbox_head.loss_cls.gamma", 0.)}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_changed_node_of_the_recipe_shows_in_the_picture(data, name):
+    "Explorers read what the training code does, not a drawing of it."
+    family, path, value = NODES[name]
+    image, target = data[full(data)]
+    def seen(*change):
+        torch.manual_seed(0)
+        recipe = family(recipes.mobilenet_v2(), 3, out_channels=32)
+        model = build(changed(recipe, *change) if change else recipe)
+        if name == "nms": model.bbox_head.rule.score_threshold = .001                       # of a detector that has learnt nothing
+        box = getattr(explore, name)(model, image, *([] if name == "nms" else [target]))
+        if name == "nms": box.set(step=10**6)
+        if name == "anchors": box.set(view="positive", level=1)
+        return box.picture.value
+    assert seen() == seen() != seen(path, value)
+
+
+def test_a_changed_transform_shows_in_the_pipeline_strip(data):
+    image, target = data[full(data)]
+    seen = lambda p: explore.pipeline(Compose([Resize((96, 96)), RandomFlip(p)]), image, target).picture.value
+    assert seen(0.) == seen(0.) != seen(1.)
+
+
+def test_a_changed_mask_threshold_shows_in_the_answer(data):
+    image, target = CocoDetection(data.annotations, data.folder, masks=True)[full(data)]
+    def seen(threshold):
+        torch.manual_seed(0)
+        recipe = recipes.mask_rcnn(recipes.mobilenet_v2(), 3, out_channels=32)
+        recipe.roi_head.mask_threshold = threshold
+        box = explore.masks(image, target, build(recipe))
+        box.set(what="answered")
+        return box.picture.value
+    assert seen(.5) == seen(.5) != seen(.45)
