@@ -129,9 +129,10 @@ def test_batched_equals_one_by_one(model):
         assert same.any(0).all() and same.any(1).all()
 
 
+@pytest.mark.parametrize("model", [n for n, f in RECIPES.items() if hasattr(getattr(f(), "bbox_head", None), "rule")], indirect=True)
 def test_the_padding_finds_nothing(model):
-    "Cells beyond the picture, there because of a bigger neighbour in the batch, may shout as they like."
-    if not hasattr(head := getattr(model, "bbox_head", None), "rule"): pytest.skip("no dense head")
+    "Cells beyond the picture, there because of a bigger neighbour in the batch, may shout as they like (dense heads)."
+    head = model.bbox_head
     images, quiet, shout = [picture(64, 64), picture(128, 160, seed=1)], head.forward, [0]
     def forward(features):
         raw = quiet(features)
