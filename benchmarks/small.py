@@ -237,6 +237,7 @@ class Method:
     build:callable; data:str; rate:float; iterations:int = 600
     clip:float = 10. # largest gradient norm, 0: none
     first:callable = None # what must be there before: → extras of the training and of the test set
+    like:str = None # the method whose training this one shares to the last bit; only detection differs
 
 METHODS = dict(
     faster_rcnn=Method(partial(ours, family=zoo.faster_rcnn), "bccd", .01), tv_faster_rcnn=Method(tv_two_stage, "bccd", .01),
@@ -256,7 +257,7 @@ METHODS = dict(
     tridentnet=Method(tridentnet, "bccd", .04), faster_rcnn_c4=Method(faster_rcnn_c4, "bccd", .04),
     rfcn=Method(partial(rfcn, ohem=False), "bccd", .04), rfcn_ohem=Method(partial(rfcn, ohem=True), "bccd", .04),
     fast_rcnn=Method(partial(ours, family=two_stage_more.fast_rcnn), "bccd", .01, first=first_stage),
-    **{n: Method(partial(ours, family=f), "bccd", .01) for n,f in dict(libra_faster_rcnn=retina_variants.libra_faster_rcnn, ga_faster_rcnn=retina_variants.ga_faster_rcnn,
+    **{n: Method(partial(ours, family=f), "bccd", .01, like="faster_rcnn" if n == "faster_rcnn_soft_nms" else None) for n,f in dict(libra_faster_rcnn=retina_variants.libra_faster_rcnn, ga_faster_rcnn=retina_variants.ga_faster_rcnn,
         faster_rcnn_ohem=lambda *a, **kw: two_stage_more.with_ohem(zoo.faster_rcnn(*a, **kw)), faster_rcnn_soft_nms=lambda *a, **kw: two_stage_more.with_soft_nms(zoo.faster_rcnn(*a, **kw))).items()},
     faster_rcnn_gn=Method(partial(ours, family=faster_gn), "bccd", .01), faster_rcnn_gn_ws=Method(partial(ours, family=partial(faster_gn, conv=WSConv2d)), "bccd", .01),
     faster_rcnn_scratch=Method(partial(ours, family=faster_scratch), "bccd", .02, 1200),
@@ -382,10 +383,15 @@ def run(name, a, rate):
 def again(name, a):
     "Detections of kept weights are evaluated anew, after a change of what a trained network predicts: its row and picture are replaced."
     rows = [json.loads(line) for line in (OUT/"rows.jsonl").read_text().splitlines()]
-    row = next(r for r in rows if r["method"] == name)
+    source = METHODS[name].like or name
+    row = next(r for r in rows if r["method"] == source)
+    if source != name: # a row of its own, with the other's training
+        rows, row = [r for r in rows if r["method"] != name], dict(row, method=name, trained_as=source, command=re.sub(r" --test[ =]\S+", " --test FOLDER", setting(a)["command"]), run=row["run"].replace(source, name, 1))
+        rows.append(row)
+        (OUT/f"{row['run']}.curve.json").write_text((OUT/f"{row['run'].replace(name, source, 1)}.curve.json").read_text())
     d, model, extras = DATA[row["data"]], make(name, a), METHODS[name].first
     if extras: sys.exit(f"{name}: its proposals were not kept")
-    model.load_state_dict(torch.load(Path(a.test)/f"{name}.pt", weights_only=True))
+    model.load_state_dict(torch.load(Path(a.test)/f"{source}.pt", weights_only=True))
     metrics, times, pictures = test(model, loader(d, False, a.seed), d)
     print(f"{name}: AP {row['AP']} → {metrics['AP']}, AP50 {row['AP50']} → {metrics['AP50']}", flush=True)
     row |= dict(**metrics, **seconds("inference_s_per_image", times), tested=f"{datetime.date.today()}")
