@@ -695,9 +695,11 @@ class Panel:
         for w in self.controls.values(): w.observe(lambda c: self.draw(), "value")
         row = W.Layout(flex_flow="row wrap")
         self.box = W.VBox([self.builder.box, W.HBox([self.processes, *self.buttons.values(), self.message], layout=row), W.HBox(list(self.controls.values()), layout=row), self.picture]).add_class("ndet-study")
-        self.look()
-        self.ticker = Ticker(self.look, every, lambda: self.box.comm is not None)
+        self.every, self.ticker = every, None
+        self.look(); self.watch()
 
+    def watch(self): # look at the folder from time to time, if nobody does
+        if self.ticker is None or not self.ticker.running: self.ticker = Ticker(self.look, self.every, lambda: self.box.comm is not None)
     def state(self): return {k: w.value for k,w in self.controls.items()}
     def tell(self, text, wrong=False): self.message.value = f"<span style='color:{'#B03A00' if wrong else '#222'}'>{html.escape(text)}</span>"
     def draw(self):
@@ -711,7 +713,7 @@ class Panel:
     def do(self, name, fn):
         try: fn(); self.tell({"start": "started", "stop": "stopping: what is under way ends with a checkpoint", "retry": "failed runs are waiting again"}.get(name, self.message.value and "written: table.csv and runs.csv"))
         except Exception as e: self.tell(sentence(e), wrong=True)
-        self.look()
+        self.look(); self.watch()
     def on_csv(self): self.study.csv(self.study.folder/"table.csv"); self.study.csv(self.study.folder/"runs.csv", runs=True)
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #explore
