@@ -18,6 +18,9 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -114,6 +117,16 @@ template <class F> void spread(int64_t n, double ms, const F& f) {
   torch::stable::parallel_for(0, n, (n + threads - 1) / threads, f);
 }
 
+// Asks Linux for pages of 2 MB under a large result. The first write to a new page of 4 KB stops the program for a quarter of a
+// microsecond, 16,000 times in 64 MB: as long as the arithmetic itself. It is a wish: nothing changes where it is not granted.
+inline void huge_pages(void* at, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)at + page - 1) / page * page, end = ((uintptr_t)at + bytes) / page * page;
+  if (bytes >= 4 * page && begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Data of a contiguous tensor of one type; never null
 template <class T> const T* data(const Tensor& t) {
   static const T none{};
@@ -121,7 +134,16 @@ template <class T> const T* data(const Tensor& t) {
 }
 template <class T> T* out(Tensor& t) {
   static T none{};
-  return t.numel() ? (T*)t.mutable_data_ptr() : &none;
+  if (!t.numel()) return &none;
+  void* p = t.mutable_data_ptr();
+  huge_pages(p, t.numel() * sizeof(T));
+  return (T*)p;
+}
+
+// A new tensor, filled with zeros
+inline Tensor cleared(Tensor t) {
+  if (t.numel()) huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  return torch::stable::zero_(t);
 }
 
 constexpr auto NHWC = torch::headeronly::MemoryFormat::ChannelsLast;

@@ -193,9 +193,8 @@ Tensor deform_roi_pool(const Tensor& features, const Tensor& rois_, const std::o
 
 std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_, const Tensor& features, const Tensor& rois_, const std::optional<Tensor>& offset_, int64_t P, int64_t Q, double scale,
                                                     int64_t ratio, double gamma) {
-  Tensor grad = ts::contiguous(grad_), map = ts::contiguous(features, NHWC), rois = ts::contiguous(rois_), dmap = ts::empty_like(map), doffset;
+  Tensor grad = ts::contiguous(grad_), map = ts::contiguous(features, NHWC), rois = ts::contiguous(rois_), dmap = cleared(ts::empty_like(map)), doffset;
   const std::optional<Tensor> offset = whole(offset_);
-  ts::zero_(dmap);
   prepare(map, rois, offset, P, Q, scale, ratio, gamma, [&](auto j) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(j.map)>>;
     require(grad.scalar_type() == map.scalar_type() && grad.numel() == j.R * j.C * P * Q, "deform_roi_pool: the gradient must be [R,height,width,C] of the features' type");

@@ -5,9 +5,10 @@
 // are merged into one weight per pixel first (`Axis`), then rows are mixed, then columns. 14 × 14 points of a RoI cost about
 // as much as its pixels that way.
 //
-// Numbers are mixed along the channels. Maps that are stored pixel by pixel (channels last) are read as they lie; of maps that are
-// stored plane by plane the pixels under a RoI are turned into that order first, some channels at a time. Backward goes the same way back. There each thread owns some channels: nothing is added to by two threads, and
-// the sums do not depend on the number of threads.
+// Numbers are mixed along the channels. Maps that are stored pixel by pixel (channels last) are read as they lie. Of maps that are
+// stored plane by plane the pixels under a RoI are turned into that order first, some channels at a time; or the whole map once,
+// where the RoIs together cover it more than once. Backward goes the same way back. There each thread owns some channels: nothing
+// is added to by two threads, and the sums do not depend on the number of threads.
 #include "common.h"
 #include <algorithm>
 #include <cmath>
@@ -148,6 +149,39 @@ template <class T> int64_t block(const Level<T>& l, const Axis<T>& y, const Axis
   return std::min(std::max<int64_t>(16, n / 16 * 16), channels);
 }
 
+// A map of planes, [B,C,H·W] → [B,H·W,C], a tile of pixels at a time
+template <class T> struct Turn {
+  static INLINE void run(const Level<T>* l, T* to, int64_t C, int64_t begin, int64_t end) {
+    const int64_t HW = l->H * l->W, tiles = (HW + TILE - 1) / TILE;
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t b = t / tiles, at = t % tiles * TILE, image = b * C * HW;
+      transpose<false>((const T*)l->data + image + at, HW, to + image + at * C, C, C, std::min(TILE, HW - at));
+    }
+  }
+  static constexpr int64_t TILE = 64;
+};
+
+// Maps of planes that the RoIs cover more than once are turned as a whole; the tensors that come back hold them
+template <class T> std::vector<Tensor> turn_whole(Job<T>& j, const Tensor& like) {
+  std::vector<double> wanted(j.levels.size());
+  for (int64_t r = 0; r < j.R; r++) {
+    const Level<T>& l = j.levels[j.level[r]];
+    auto side = [&](int k, int64_t size) { return std::min(double(size), std::max(0., double(j.rois[5 * r + k + 2] - j.rois[5 * r + k]) * double(l.scale)) + 2); };
+    wanted[j.level[r]] += side(1, l.W) * side(2, l.H);
+  }
+  std::vector<Tensor> held;
+  for (size_t k = 0; k < j.levels.size(); k++) {
+    Level<T>& l = j.levels[k];
+    if (l.last || !j.C || wanted[k] <= double(l.B * l.H * l.W)) continue;
+    held.push_back(ts::new_empty(like, {l.B, l.H, l.W, j.C}));
+    T* to = out<T>(held.back());
+    const int64_t tiles = l.B * ((l.H * l.W + Turn<T>::TILE - 1) / Turn<T>::TILE);
+    spread(tiles, 5e-7 * held.back().numel(), [&](int64_t a, int64_t b) { dispatch<Turn<T>>((const Level<T>*)&l, to, j.C, a, b); });
+    l.data = to, l.last = true;
+  }
+  return held;
+}
+
 template <class T> struct Forward {
   static INLINE void run(const Job<T>* job, int64_t begin, int64_t end) {
     const Job<T>& j = *job;
@@ -262,6 +296,7 @@ Tensor roi_align(const std::vector<Tensor>& features, const Tensor& rois_, const
   by_type("roi_align", rois, [&](auto t) {
     using T = decltype(t);
     Job<T> j = prepare<T>(maps, rois, level, P, Q, scales, ratio, aligned);
+    const std::vector<Tensor> held = turn_whole(j, rois);
     pooled = ts::new_empty(rois, {j.R, j.C, P, Q});
     j.pooled = out<T>(pooled);
     if (j.C) spread(j.R, 6e-6 * j.R * j.C * P * Q, [&](int64_t a, int64_t b) { dispatch<Forward<T>>((const Job<T>*)&j, a, b); });
@@ -273,7 +308,7 @@ std::vector<Tensor> roi_align_backward(const Tensor& grad_, const std::vector<Te
                                        const std::vector<double>& scales, int64_t ratio, bool aligned) {
   Tensor grad = ts::contiguous(grad_), rois = ts::contiguous(rois_), level = ts::contiguous(level_);
   std::vector<Tensor> grads;
-  for (const Tensor& f : ready(features)) grads.push_back(ts::empty_like(f)), ts::zero_(grads.back());
+  for (const Tensor& f : ready(features)) grads.push_back(cleared(ts::empty_like(f)));
   by_type("roi_align", rois, [&](auto t) {
     using T = decltype(t);
     Job<T> j = prepare<T>(grads, rois, level, P, Q, scales, ratio, aligned);

@@ -50,6 +50,16 @@ def test_roi_align_is_torchvisions(dtype, channels, layout):
 side = st.one_of(st.integers(-8, 70).map(float), st.floats(-30, 130, width=32), st.sampled_from([0., -0., 1e-30, 63.999996, 64., 1e4, -1e4]))
 
 
+@pytest.mark.parametrize("dtype,channels", [(torch.float32, 1), (torch.float32, 19), (torch.float32, 64), (torch.float64, 5)])
+def test_maps_that_are_turned_as_a_whole(dtype, channels):
+    "Many boxes on maps of planes: each map is turned once, and every number is what channels last gives."
+    maps, rois, level, scales = scene(channels, rois=120, dtype=dtype, shapes=((20, 27), (16, 16), (1, 3)))
+    out = [roi.pyramid_roi_align([m.contiguous(memory_format=f) for m in maps], rois, level, (3, 5), scales) for f in (torch.contiguous_format, LAST)]
+    assert torch.equal(*out) and torch.allclose(out[0], loop(maps, rois, level, (3, 5), scales, 0, True), atol=1e-5)
+    one = roi.pyramid_roi_align(maps, rois[:1], level[:1], (3, 5), scales)                     # one box: only what lies under it
+    assert torch.equal(one, out[0][:1])
+
+
 @few
 @given(st.lists(st.tuples(st.integers(0, 1), side, side, side, side), min_size=1, max_size=6), st.integers(0, 3), st.booleans(), st.integers(1, 4), st.integers(1, 7))
 def test_roi_align_is_three_matrices(rows, ratio, aligned, h, w):
