@@ -1,8 +1,9 @@
 """A reader opens an explorer in a real JupyterLab, runs the notebook, moves every control and clicks: the drawing must follow, and be what `render` makes of the state.
 
 Needs Chromium and playwright (`apt install chromium`; `CHROME=/path` names another one); skipped where they are not.
+NDET_RECORD=benchmarks/results/explorers.json writes down how long a step takes and how much memory 500 steps leave behind.
 """
-import json, os, secrets, shutil, socket, statistics, subprocess, sys, time, urllib.request
+import json, os, platform, secrets, shutil, socket, statistics, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
 
@@ -252,6 +253,16 @@ def memory(page, cdp):
     return float(ask(page, "import gc, os; gc.collect(); print(int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/1e6)")), heap/1e6
 
 
+def record(**numbers):
+    "Into the file that NDET_RECORD names, if any."
+    if not (file := os.environ.get("NDET_RECORD")): return
+    import ipywidgets, jupyterlab, torch
+    cpu = next((l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
+    browser = subprocess.run([CHROME, "--version"], capture_output=True, text=True).stdout.strip()
+    Path(file).write_text(json.dumps(dict(command=f"NDET_RECORD={file} python -m pytest -n 0 tests/test_lab.py -k two_explorers", what="a key on a slider of explore.nms, to the end of the frame that shows the new drawing",
+        machine=dict(cpu=cpu, cores=os.cpu_count(), system=f"{platform.system()} {platform.machine()}"), versions=dict(python=platform.python_version(), torch=torch.__version__, jupyterlab=jupyterlab.__version__, ipywidgets=ipywidgets.__version__, browser=browser), **numbers), indent=1) + "\n", encoding="utf-8")
+
+
 def test_two_explorers_speed_and_memory(lab, page):
     "Side by side without disturbing each other; a click on a picture that the browser has shrunk; a step with 500 boxes; 500 steps; and the test fails where the observers are cut."
     run_all(page, lab("two.ipynb"))
@@ -279,12 +290,15 @@ def test_two_explorers_speed_and_memory(lab, page):
     print(f"one step with {drawn} boxes: {statistics.median(times):.0f} ms at the median of {len(times)} ({min(times):.0f} … {max(times):.0f}), {1000*cpu/len(times):.0f} ms of CPU in the kernel")
     assert drawn >= 500 and statistics.median(times) < 1000; same(page, many, "many")
 
+    found = dict(boxes=drawn, steps=len(times), step_ms_median=round(statistics.median(times)), step_ms_min=round(min(times)), step_ms_max=round(max(times)), kernel_cpu_ms=round(1000*cpu/len(times)))
+
     a.scroll_into_view_if_needed(); walk(page, a, "threshold", 20)
     kernel, heap = memory(page, cdp)
     start = time.perf_counter(); walk(page, a, "threshold", 500)
     kernel2, heap2 = memory(page, cdp)
     print(f"500 steps in {time.perf_counter() - start:.0f} s: kernel {kernel:.0f} → {kernel2:.0f} MB, objects of the page {heap:.1f} → {heap2:.1f} MB")
     assert kernel2 - kernel < 20 and heap2 - heap < 10; same(page, a, "first")
+    record(**found, memory_after_500_steps=dict(kernel_mb=[round(kernel), round(kernel2)], page_objects_mb=[round(heap, 1), round(heap2, 1)]))
 
     ask(page, "for w in second.controls.values(): w.unobserve_all()")                       # the observers are cut …
     b.scroll_into_view_if_needed()
