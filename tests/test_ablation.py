@@ -2,10 +2,11 @@
 import csv, io, json, os, signal, sys, threading, time
 from pathlib import Path
 import pytest, torch
+from notebook_det import explore
 from notebook_det.data.toy import make_toy
 from notebook_det.engine.checkpoint import latest, read_checkpoint
 from notebook_det.engine.logs import read_log
-from notebook_det.explore.ablation import (BOX_LOSSES, PRESETS, Study, held, holder, new_study, table5, table6, table7, table8, table9, take, train_run, trouble, wait_for, Variant, grid)
+from notebook_det.explore.ablation import (BOX_LOSSES, PRESETS, Panel, Study, fingerprint, held, holder, main, new_study, render, sign, table5, table6, table7, table8, table9, take, train_run, trouble, wait_for, Variant, grid)
 from notebook_det.foundations.recipes import Config, build, diff, to_json
 from notebook_det.foundations.variants import vary
 from notebook_det.losses.regression import GIoULoss
@@ -45,11 +46,24 @@ def test_what_is_queued(tmp_path, toy):
     assert {r.state for r in s.runs()} == {"waiting"} and "10 waiting" in repr(s)
     second = next(r for r in s.runs() if r.name == "lr=0.002, loss_bbox=GIoULoss")
     assert second.changes == [["model.bbox_head.loss_bbox", "L1Loss", "GIoULoss"], ["schedule.lr", "0.001", "0.002"]]
-    assert second.recipe().model.num_classes if hasattr(second.recipe().model, "num_classes") else second.recipe().model.bbox_head.num_classes == 3    # those of the pictures
+    assert second.recipe().model.bbox_head.num_classes == 3                                              # those of the pictures
     assert s.grid({"schedule.lr": [.001], "model.bbox_head.loss_bbox": ["GIoULoss"]}) == [] and len(s.runs()) == 10        # known already
     with pytest.raises(ValueError, match="another variant named 'base'"): s.add(Variant("base", (("schedule.lr", .5),)))
     with pytest.raises(ValueError, match=r"variant 'x': model.bbox_hed: .*did you mean bbox_head"): s.add(Variant("x", (("model.bbox_hed", 3),)))
     assert len(Study(tmp_path/"s").runs()) == 10 and not list((tmp_path/"s/runs").glob(".*"))
+    with pytest.raises(ValueError, match="another variant named 'lr=0.123457'"): s.grid({"schedule.lr": [.1234567, .1234568]})      # one name for two: no seeds of one variant
+    assert len(s.runs()) == 10 and len(s.grid({"schedule.lr": [.004, .004]})) == 2                       # the same twice is one run for each seed
+    part = tmp_path/"s/runs/.013_x_seed0.part"; part.mkdir(); (part/"run.json").write_text('{"variant": "x", "seed": 0, "note": "", "changes": []}')      # killed while it wrote
+    assert len(s.runs()) == 12
+    base = json.loads((tmp_path/"s/base.json").read_text()); text = json.dumps(base); assert "GIoULoss" not in text and "L1Loss" in text
+    (tmp_path/"s/base.json").write_text(text.replace("L1Loss", "GIoULoss"))
+    with pytest.raises(ValueError, match="base.json has changed since 'base' was made"): Study(tmp_path/"s").add(Variant("y", (("schedule.lr", .1),)))
+
+
+def test_a_variant_that_would_change_nothing_is_refused(tmp_path, toy):
+    s = study(tmp_path/"s", toy, lr=.01)
+    with pytest.raises(ValueError, match="schedule.lr means nothing here, since lr=0.01"): s.grid({"schedule.lr": [.1, .2]})
+    assert s.runs() == [] and len(s.grid({"schedule.momentum": [.8]})) == 2
 
 
 def test_a_folder_is_one_study(tmp_path, toy):
@@ -57,7 +71,7 @@ def test_a_folder_is_one_study(tmp_path, toy):
     assert study(tmp_path/"s", toy).folder == s.folder                       # a notebook may be run again
     with pytest.raises(FileExistsError, match="another study .iterations 8, not 9"): study(tmp_path/"s", toy, iterations=9)
     with pytest.raises(FileNotFoundError, match="no study in"): Study(tmp_path/"nothing")
-    for wrong, says in [(dict(iterations=0), "iterations=0"), (dict(seeds=()), "at least one"), (dict(iteration=3), "no setting 'iteration'")]:
+    for wrong, says in [(dict(iterations=0), "iterations=0"), (dict(seeds=()), "at least one"), (dict(seeds=(1, 1)), "each one once"), (dict(iteration=3), "no setting 'iteration'")]:
         with pytest.raises(ValueError, match=says): study(tmp_path/"t", toy, **wrong)
     with pytest.raises(ValueError, match="starts from an Experiment"): new_study(tmp_path/"t", tiny().model, toy.train, toy.images, toy.val)
     with pytest.raises(ValueError, match="processes=0"): s.start(0)
@@ -70,6 +84,9 @@ def test_a_lock_dies_with_its_process(tmp_path):
     assert f is not None and take(tmp_path/"lock") is None and held(tmp_path/"lock")
     f.close()
     assert not held(tmp_path/"lock") and not held(tmp_path/"never")
+    (tmp_path/"lock").write_text("1"); f = take(tmp_path/"lock")                # the last holder's number stands there no more …
+    assert held(tmp_path/"lock") and holder(tmp_path/"lock") is None
+    sign(f); assert holder(tmp_path/"lock") == os.getpid(); f.close()           # … and this one's once it has signed
     stop, wrong = threading.Event(), []
     def look():
         while not stop.is_set(): wrong.append(held(tmp_path/"lock"))
@@ -93,7 +110,7 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 def test_kill_stop_and_resume(tmp_path, toy, ended):
     "A worker is killed, its study stopped and resumed, a run's process is killed: in the end all is as if nothing had happened."
     variants = Variant("slower", (("schedule.lr", .0005),)), Variant("cannot be built", (("model.neck.in_channels", (1, 2, 3, 4)),)), Variant("giou", (("model.bbox_head.loss_bbox", Config(GIoULoss)),))
-    s = study(tmp_path/"s", toy, iterations=48); ended(s)
+    s = study(tmp_path/"größer & anders", toy, iterations=48); ended(s)
     s.add(*variants)
     base, slower, broken, giou = s.runs()
     begun = lambda r: any(r.folder.glob("iter_*.pth"))
@@ -117,7 +134,7 @@ def test_kill_stop_and_resume(tmp_path, toy, ended):
     assert [r.state for r in s.runs()] == ["done", "done", "failed", "failed"]
     assert "signal 9: was there too little memory?" in giou.reason and "neck" in broken.reason + json.dumps(broken.changes) and broken.reason and "\n" not in broken.reason
     assert (slower.log()["train"]["iter"][-1], slower.result["iterations"]) == (48, 48)
-    (broken.folder/"kept").touch(); assert {r.name for r in s.retry()} == {"cannot be built", "giou"}
+    assert {r.name for r in s.retry()} == {"cannot be built", "giou"}
     assert giou.state == "interrupted" and train_run(giou, s) == "done" and train_run(broken, s) == "failed"
 
     quiet = study(tmp_path/"quiet", toy, iterations=48)
@@ -160,6 +177,72 @@ def test_a_worker_that_cannot_work_says_why(tmp_path, toy, ended, monkeypatch):
     (s.folder/"base.json").write_text("{}")
     s.start(1)
     assert s.wait(180) and "is not a recipe" in trouble(s)
+
+
+def pretend(run, ap, losses, evaluations): # a run's folder as a training leaves it; ap None: it is still under way
+    rows = [{"mode": "train", "iter": i, "epoch": 1, "loss": x, "time": 1.} for i, x in enumerate(losses)] + [{"mode": "val", "iter": i, "epoch": 1, "bbox/AP": x} for i, x in enumerate(evaluations)]
+    (run.folder/"log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if ap is not None: (run.folder/"result.json").write_text(json.dumps({"metrics": {"bbox/AP": ap}}))
+
+
+def test_a_mean_is_of_all_seeds(tmp_path, toy, monkeypatch):
+    from notebook_det.explore import ablation
+    s = study(tmp_path/"s", toy, seeds=(0, 1, 2))
+    s.add(Variant("first", (("schedule.lr", .1),)), base=False); s.add(Variant("last", (("schedule.lr", .2),)))
+    for r in s.runs():
+        if r.name == "last": pretend(r, (.1, .2, .6)[r.seed], [3.] * 4, [.1])
+        elif r.name == "base": pretend(r, .5, [2.] * 4 if r.seed else [8.] * 2, [.5])
+    table = {row["variant"]: row for row in s.table()}
+    assert table["last"]["bbox/AP"] == pytest.approx(.3) and table["last"]["bbox/AP sd"] == pytest.approx(.07**.5) and table["first"]["bbox/AP"] is None      # ((.2² + .1² + .3²)/2)^½
+    drawn = []
+    monkeypatch.setattr(ablation, "chart", lambda lines, *a: drawn.extend(lines) or ablation.caption("")); render(s, "curves", smooth=0.)
+    strong = {l.name: (l.x, l.y) for l in drawn if not l.faint and not l.points}
+    assert strong == {"first": ([], []), "base": ([0, 1], [4., 4.]), "last": ([0, 1, 2, 3], [3.] * 4)}             # where a seed ends the mean does: no jump from 4 to 2
+    marks = str(render(s)).partition("stroke-dasharray")[0].rpartition("M")[2].split()[0]
+    last = max(float(c.split('"')[0]) for c in str(render(s)).split('<circle cx="')[1:]); first = min(float(c.split('"')[0]) for c in str(render(s)).split('<circle cx="')[1:])
+    assert float(marks) == pytest.approx(first + (last - first) * .8, abs=.2)                                      # the thin line marks the base (.5 of .1 … .6), which is not the first row
+
+
+def test_names_are_no_html(tmp_path, toy):
+    s = study(tmp_path/"s", toy)
+    s.add(Variant("<b onload=x>&", (("schedule.lr", .1),), note="<i>note</i>"))
+    for r in s.runs(): pretend(r, .5, [1.], [.5])
+    (s.runs()[0].folder/"error.json").write_text('{"error": "<script>"}')
+    for view in ("table", "curves", "pictures", "change"):
+        text = str(render(s, view)); assert "<b " not in text and "<i>" not in text and "<script" not in text
+    assert "&lt;b onload=x&gt;&amp;" in render(s) and "&lt;i&gt;note" in render(s)
+
+
+def test_what_goes_wrong_in_the_widget_is_said(tmp_path, toy, monkeypatch):
+    s = study(tmp_path/"s", toy)
+    panel = Panel(s, every=600.); panel.ticker.stop()
+    says = lambda button: (panel.buttons[button].click(), panel.message.value)[1]
+    assert "written: table.csv" in says("csv") and (s.folder/"table.csv").exists()               # the first thing that is pressed
+    assert "nothing is waiting" in says("start") and not s.workers()
+    s.add(); panel.look(); before = panel.picture.value
+    run = s.runs()[0]; known = run.folder/"run.json"
+    (run.folder/".result.json.part").touch(); now = fingerprint(s); (run.folder/".result.json.part").unlink(); assert fingerprint(s) == now      # half written: not looked at
+    text = known.read_text(); known.write_text("{"); panel.look(); assert "there is no run in" in panel.message.value and panel.picture.value == before
+    known.write_text(text); (run.folder/"error.json").write_text('{"error": "lost"}'); panel.look(); assert "lost" in panel.picture.value      # it goes on
+    monkeypatch.setattr("notebook_det.explore.ablation.about", lambda *a: 1 / 0)
+    panel.builder.tree.value = panel.builder.tree.options[-1][1]; assert "division by zero" in panel.message.value
+    panel.box.close()
+
+
+def test_a_stopped_study_says_so_in_the_terminal(tmp_path, toy):
+    s = study(tmp_path/"s", toy); s.add(); s.stop()
+    with pytest.raises(SystemExit, match="told to stop; remove .*stop"): main([str(s.folder)])
+
+
+def test_without_locks_or_widgets(tmp_path, toy, monkeypatch):
+    s = study(tmp_path/"s", toy)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(ImportError, match="needs ipywidgets .pip install"): explore.ablation(s)
+    with pytest.raises(ImportError, match="needs ipywidgets"): explore.run(s.folder)
+    assert "no run yet" in render(s)                                                            # the still picture stands
+    monkeypatch.setitem(sys.modules, "fcntl", None); monkeypatch.delitem(sys.modules, "notebook_det.explore.ablation"); monkeypatch.delattr(explore, "ablation")
+    with pytest.raises(ImportError, match="needs file locks .fcntl."): explore.ablation
+    assert explore.run.render and explore.errors.render                                         # the others do without
 
 
 def rebuilt(s, name):

@@ -14,12 +14,14 @@ __all__ = ['CHILDREN', 'COMMON', 'SIGNS', 'VIEWS', 'BOX_LOSSES', 'PRESETS', 'Set
            'on_queue', 'on_preset', 'say_queued', 'fingerprint', 'controls_of', 'renew', 'Panel', 'explore', 'Variant',
            'grid']
 
-# %% ../../nbs/15_explore/10_ablation.ipynb #f84ccb21
-import argparse, csv, fcntl, html, io, json, math, multiprocessing, os, re, signal, statistics, subprocess, sys, threading, time, traceback
+# %% ../../nbs/15_explore/10_ablation.ipynb #3b22a155
+import argparse, csv, html, io, json, math, multiprocessing, os, re, signal, statistics, subprocess, sys, threading, time, traceback
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+try: import fcntl
+except ImportError as e: raise ImportError("explore.ablation needs file locks (fcntl), which Linux and macOS have and this system has not") from e
 import torch
 import notebook_det
 from ..data.coco import CocoDetection
@@ -32,7 +34,7 @@ from ..engine.train import standard_hooks
 from ..evaluation.coco import evaluate
 from ..evaluation.speed import measure
 from .run import Line, Look, Ticker, chart, drawn, finite, look_picture, newest_looks, read_json, smoothed, write_json
-from .shell import beside, caption, in_one_line, stack
+from .shell import beside, caption, in_one_line, stack, widgets
 from ..foundations.draw import PALETTE, Picture
 from ..foundations.recipes import Config, at, build, diff, load, save, to_json
 from ..foundations.variants import Variant, about, argument_docs, changes, grid, places, python, said, vary
@@ -66,6 +68,7 @@ class Settings:
         for k in ("iterations", "batch", "evaluations", "threads"):
             if getattr(self, k) < 1: raise ValueError(f"{k}={getattr(self, k)}: it must be 1 or more")
         if not self.seeds: raise ValueError("seeds: give at least one")
+        if len(set(self.seeds)) < len(self.seeds): raise ValueError(f"seeds={self.seeds}: give each one once, the same run again has no spread")
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #new-study
 def new_study(
@@ -80,6 +83,7 @@ def new_study(
     "Write down a study; nothing is trained yet."
     if unknown := settings.keys() - {f.name for f in fields(Settings)}: raise ValueError(f"new_study: there is no setting {sorted(unknown)[0]!r}, only {', '.join(f.name for f in fields(Settings))}")
     s = Settings(*(str(Path(p).resolve()) for p in (train, images, val, val_images or images)), **settings)
+    if s.init and Path(s.init).is_file(): s.init = str(Path(s.init).resolve())          # workers may stand elsewhere
     base = prepared(read_recipe(base) if isinstance(base, (str, Path)) else deepcopy(base), CocoDetection(s.train, s.images).classes, size, s.init)
     folder = Path(folder)
     if (folder/"study.json").exists():
@@ -102,8 +106,8 @@ def prepared(e, classes, size=None, init=None)->Config: # changed in place
     return e
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #lock
-def lock(path, how): # an open file with a lock on it, or None
-    f = open(path, "a+")
+def lock(path, how, mode="a+"): # an open file with a lock on it, or None
+    f = open(path, mode)
     try: fcntl.flock(f, how | fcntl.LOCK_NB)
     except BlockingIOError: f.close(); return None
     return f
@@ -111,11 +115,12 @@ def lock(path, how): # an open file with a lock on it, or None
 def take(path):
     "An open file with a lock on it, or None where another process holds one. Closing the file, or dying, gives it back."
     for _ in range(5):                                            # somebody may just have looked
-        if (f := lock(path, fcntl.LOCK_EX)) is not None: return f
+        if (f := lock(path, fcntl.LOCK_EX)) is not None: f.truncate(0); return f     # whoever held it before is forgotten
         time.sleep(.01)
 
 def held(path)->bool: # does a process hold this lock? Any number may look at once
-    f = lock(path, fcntl.LOCK_SH) if Path(path).exists() else False
+    try: f = lock(path, fcntl.LOCK_SH, "r")
+    except FileNotFoundError: return False
     if f: f.close()
     return f is None
 
@@ -130,7 +135,7 @@ class Run:
     "One variant with one seed: a folder with its recipe, its log, its checkpoint and its result."
     def __init__(self, folder):
         self.folder = Path(folder)
-        info = read_json(self.folder/"run.json")
+        if (info := read_json(self.folder/"run.json")) is None: raise FileNotFoundError(f"there is no run in {folder}")
         self.name, self.seed, self.note, self.changes = info["variant"], info["seed"], info["note"], info["changes"]    # changes: rows (path, before, after)
     @property
     def state(self): # waiting, running, interrupted, failed or done
@@ -154,7 +159,7 @@ class Study:
         if found is None: raise FileNotFoundError(f"there is no study in {folder}: `new_study` makes one")
         self.settings = Settings(**found)
         self.base = load(self.folder/"base.json", self.settings.allow)
-    def runs(self): return [Run(p.parent) for p in sorted((self.folder/"runs").glob("*/run.json"))]
+    def runs(self): return [Run(p.parent) for p in sorted((self.folder/"runs").glob("[!.]*/run.json"))]        # with a dot: half written
     def add(self, *variants, base=True): return add_runs(self, variants, base)
     def grid(self, choices): return self.add(*grid(choices))
     def start(self, processes=1): return start_workers(self, processes)
@@ -185,19 +190,25 @@ def forget_error(run): (run.folder/"error.json").unlink(missing_ok=True); return
 def add_runs(study, variants, base=True)->list: # of new Runs
     "Put variants into the queue, each with every seed; those that are there already are left as they are."
     variants = [v for o in variants for v in (o if isinstance(o, (list, tuple)) else [o])]
-    there = {(r.name, r.seed): r for r in study.runs()}
-    if base and not any(n == "base" for n,_ in there) and all(v.name != "base" for v in variants): variants.insert(0, Variant("base"))
-    recipes = [made(study.base, v) for v in variants]
-    out = []
-    for seed in study.settings.seeds:
-        for v,recipe in zip(variants, recipes):
-            if (old := there.get((v.name, seed))) is None: out.append(write_run(study, v, recipe, seed, len(there) + len(out)))
-            elif diff(old.recipe(study.settings.allow), recipe): raise ValueError(f"this study has another variant named {v.name!r} already")
-    return out
+    there, recipes = {(r.name, r.seed): r for r in study.runs()}, {}
+    old = {n: r for (n,_),r in there.items()}
+    if (kept := next((r for r in old.values() if not r.changes), None)) and diff(kept.recipe(study.settings.allow), study.base):
+        raise ValueError(f"{study.folder/'base.json'} has changed since {kept.name!r} was made from it: nothing could be compared with that any more. Begin another study")
+    if base and "base" not in old and all(v.name != "base" for v in variants): variants.insert(0, Variant("base"))
+    for v in variants:
+        recipe = made(study, v)
+        known = recipes[v.name][1] if v.name in recipes else old[v.name].recipe(study.settings.allow) if v.name in old else recipe
+        if diff(known, recipe): raise ValueError(f"this study has another variant named {v.name!r} already")
+        recipes[v.name] = v, recipe
+    new = [(v, recipe, seed) for seed in study.settings.seeds for v,recipe in recipes.values() if (v.name, seed) not in there]
+    return [write_run(study, *n, len(there) + i) for i,n in enumerate(new)]
 
-def made(base, variant)->Config: # a variant's recipe; a message says which variant it is about
+def made(study, variant)->Config: # a variant's recipe; a message says which variant it is about
+    base, given = study.base, {"schedule.lr": ("lr", study.settings.lr), "pretrained": ("init", study.settings.init)}
     try: recipe = vary(base, variant)
     except (ValueError, AttributeError, TypeError) as e: raise ValueError(f"variant {variant.name!r}: {sentence(e)}") from None
+    for path,(name,value) in given.items():
+        if value is not None and at(recipe, path) != at(base, path): raise ValueError(f"variant {variant.name!r}: {path} means nothing here, since {name}={value!r} of this study holds for all runs")
     if recipe.data.test_scale != base.data.test_scale: recipe.model.test_scale = tuple(recipe.data.test_scale)
     to_json(recipe)
     return recipe
@@ -328,15 +339,18 @@ def stop_workers(study, now=False):
 def trouble(study)->str:
     "What the last worker said before it ended although there was something left to do; empty where all is well."
     if study.workers() or stopped(study) or next_run(study) is None: return ""
-    said = [text for p in sorted((study.folder/"workers").glob("*.log")) if (text := p.read_text(errors="replace").strip())]
-    return said[0].splitlines()[-1] if said else ""
+    said = [text for p in sorted((study.folder/"workers").glob("*.log"), key=lambda p: p.stat().st_mtime) if (text := p.read_text(errors="replace").strip())]
+    return said[-1].splitlines()[-1] if said else ""
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #main
 def main(argv=None):
     "`python -m notebook_det.explore.ablation FOLDER`: work through a study in this terminal."
     p = argparse.ArgumentParser(prog="python -m notebook_det.explore.ablation", description="Work through a study: train what is waiting, one run after the other.")
     p.add_argument("folder", help="where `new_study` has made one")
-    try: work(p.parse_args(argv).folder)
+    folder = p.parse_args(argv).folder
+    try:
+        if stopped(Study(folder)): raise ValueError(f"this study was told to stop; remove {Path(folder)/'stop'} and it goes on")
+        work(folder)
     except (OSError, ValueError) as e: sys.exit(f"ablation: {sentence(e)}")
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #run-rows
@@ -391,7 +405,7 @@ def find_run(study, name)->Run:
 
 def recipe_python(study, name)->str:
     "Python that makes a variant's recipe from the study's base recipe; to be run in the study's folder."
-    return python(study.base, find_run(study, name).recipe(study.settings.allow), base="base.json")
+    return python(study.base, find_run(study, name).recipe(study.settings.allow), base="base.json", allow=study.settings.allow)
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #text-at
 SIGNS = {"done": ("#009E73", "■"), "running": (PALETTE[0], "▶"), "interrupted": ("#8A5A00", "‖"), "waiting": ("#888888", "□"), "failed": ("#D55E00", "✕")}      # colour and shape of a run's state
@@ -425,7 +439,8 @@ def table_picture(study, metric=None, width=900)->Picture:
         body += table_row(row, mine, metric, y, scale, (x0, x1), [(l, l == row["reason"]) for l in lines])
         y += 24 + 14 * len(lines)
     if len(seen) > 1: body += [text_at(scale(min(seen)), y + 12, percent(min(seen)), 10, "#777", text_anchor="middle"), text_at(scale(max(seen)), y + 12, percent(max(seen)), 10, "#777", text_anchor="middle")]
-    if rows and rows[0].get(metric) is not None: body.append(f'<path d="M{scale(rows[0][metric]):.1f} 22V{y}" stroke="#999" stroke-dasharray="2 3"/>')
+    base = next((row.get(metric) for row in rows if row["variant"] == "base"), None)
+    if base is not None: body.append(f'<path d="M{scale(base):.1f} 22V{y}" stroke="#999" stroke-dasharray="2 3"/>')
     return page(width, y + 16, body)
 
 def page(width, height, body): return Picture(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{"".join(body)}</svg>')
@@ -453,7 +468,7 @@ def mean_line(runs, part, key, style, smooth=0.): # → Lines: one for each run,
     at = {}
     for l in each:
         for x,v in zip(l.x, l.y): at.setdefault(x, []).append(v)
-    xs = sorted(x for x,v in at.items() if all(map(finite, v)))
+    xs = sorted(x for x,v in at.items() if len(v) == len(each) and all(map(finite, v)))        # of all seeds: of fewer it would be another mean
     return (each if len(each) > 1 else []) + [Line(runs[0].name, xs, [statistics.mean(at[x]) for x in xs], style, points=part == "val")]
 
 def by_variant(study): # {name: runs}
@@ -623,7 +638,7 @@ class Builder:
         self.gathered = W.HTML()
         self.preset, self.use = W.Dropdown(options=list(PRESETS), layout=W.Layout(width="230px")), W.Button(description="queue preset", tooltip="one of the paper's studies", layout=W.Layout(width="auto"))
         for w,fn in ((self.add, self.on_add), (self.back, self.on_back), (self.queue, self.on_queue), (self.use, self.on_preset)): w.on_click(lambda _, fn=fn: self.guarded(fn))
-        self.filter.observe(lambda c: self.show_tree(), "value"); self.tree.observe(lambda c: self.show(), "value")
+        self.filter.observe(lambda c: self.guarded(self.show_tree), "value"); self.tree.observe(lambda c: self.guarded(self.show), "value")
         left = W.VBox([self.filter, self.tree], layout=W.Layout(width="48%"))
         right = W.VBox([self.about, self.values, W.HBox([self.add, self.back, self.queue]), self.gathered, W.HBox([self.preset, self.use])], layout=W.Layout(width="50%"))
         self.box = W.HBox([left, right])
@@ -646,7 +661,7 @@ class Builder:
 def on_add(self):
     values = [v.strip() for v in self.values.value.split(";") if v.strip()]
     if self.tree.value is None or not values: raise ValueError("choose an argument in the list and give a value, or several separated by ;")
-    for v in grid({**self.choices, self.tree.value: values}): made(self.study.base, v)          # refused here, not in an hour
+    for v in grid({**self.choices, self.tree.value: values}): made(self.study, v)          # refused here, not in an hour
     self.choices[self.tree.value] = values
     self.tell(f"{self.tree.value}: {len(values)} value{'s' * (len(values) > 1)} added")
 
@@ -664,7 +679,9 @@ for fn in (on_add, on_back, on_queue, on_preset, say_queued): setattr(Builder, f
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #fingerprint
 def fingerprint(study): # changes with everything that a picture shows
-    runs = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted((study.folder/"runs").glob("*/*.json*"))]
+    def stamp(p): # a file that has just gone says nothing
+        with suppress(FileNotFoundError): return str(p), p.stat().st_mtime_ns, p.stat().st_size
+    runs = [stamp(p) for p in sorted((study.folder/"runs").glob("[!.]*/[!.]*.json*"))]
     return runs, [r.state for r in study.runs()], len(study.workers()), stopped(study)
 
 def controls_of(study): # name → ipywidget, the arguments of `render`
@@ -684,14 +701,15 @@ def renew(dropdown, options, newest=False): # new choices; the old choice is kep
 class Panel:
     "The whole widget of a study: `box` is what is shown."
     def __init__(self, study, every=2.):
-        import ipywidgets as W
+        W = widgets()
         self.study, self.lock, self.seen = study, threading.Lock(), None
         self.picture, self.message = W.HTML(layout=W.Layout(overflow="auto")), W.HTML().add_class("ndet-message")
         self.builder, self.controls = Builder(study, self.tell), controls_of(study)
         self.processes = W.BoundedIntText(1, min=1, max=max(1, os.cpu_count() or 1), description="processes", layout=W.Layout(width="150px"))
-        doing = dict(start=("start or go on with what is waiting", lambda: study.start(self.processes.value)), stop=("after the present iteration, with a checkpoint", study.stop), retry=("let failed runs try again", study.retry), csv=("write table.csv into the study's folder", self.on_csv))
-        self.buttons = {k: W.Button(description=k, tooltip=t, layout=W.Layout(width="auto")) for k,(t,_) in doing.items()}
-        for k,(_,fn) in doing.items(): self.buttons[k].on_click(lambda _, k=k, fn=fn: self.do(k, fn))
+        doing = dict(start=("start or go on with what is waiting", self.on_start, "started"), stop=("after the present iteration, with a checkpoint", study.stop, "stopping: what is under way ends with a checkpoint"),
+                     retry=("let failed runs try again", study.retry, "failed runs are waiting again"), csv=("write table.csv into the study's folder", self.on_csv, "written: table.csv and runs.csv"))
+        self.buttons = {k: W.Button(description=k, tooltip=t, layout=W.Layout(width="auto")) for k,(t,*_) in doing.items()}
+        for k,(_,*what) in doing.items(): self.buttons[k].on_click(lambda _, what=what: self.do(*what))
         for w in self.controls.values(): w.observe(lambda c: self.draw(), "value")
         row = W.Layout(flex_flow="row wrap")
         self.box = W.VBox([self.builder.box, W.HBox([self.processes, *self.buttons.values(), self.message], layout=row), W.HBox(list(self.controls.values()), layout=row), self.picture]).add_class("ndet-study")
@@ -705,15 +723,18 @@ class Panel:
     def draw(self):
         with self.lock: self.picture.value = drawn(lambda: render(self.study, **self.state()))
     def look(self): # is there anything new?
-        now = fingerprint(self.study)
-        if now == self.seen: return
-        self.seen = now
-        renew(self.controls["variant"], list(by_variant(self.study)) or ["base"], newest=True); renew(self.controls["metric"], metrics_of(self.study))
-        self.draw()
-    def do(self, name, fn):
-        try: fn(); self.tell({"start": "started", "stop": "stopping: what is under way ends with a checkpoint", "retry": "failed runs are waiting again"}.get(name, self.message.value and "written: table.csv and runs.csv"))
+        try:
+            if (now := fingerprint(self.study)) == self.seen: return
+            renew(self.controls["variant"], list(by_variant(self.study)) or ["base"], newest=True); renew(self.controls["metric"], metrics_of(self.study))
+            self.draw(); self.seen = now
+        except Exception as e: self.tell(sentence(e), wrong=True)                  # the next look tries again
+    def do(self, fn, said): # what a button does, and what is said when it is done
+        try: fn(); self.tell(said)
         except Exception as e: self.tell(sentence(e), wrong=True)
         self.look(); self.watch()
+    def on_start(self):
+        if {r.state for r in self.study.runs()} <= {"done", "failed"}: raise ValueError("nothing is waiting: queue something, or let failed runs try again")
+        self.study.start(self.processes.value)
     def on_csv(self): self.study.csv(self.study.folder/"table.csv"); self.study.csv(self.study.folder/"runs.csv", runs=True)
 
 # %% ../../nbs/15_explore/10_ablation.ipynb #explore

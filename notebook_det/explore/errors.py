@@ -80,38 +80,42 @@ def misplacements(errors, images): # → (gain, sentence) of boxes that all lie,
     side = lambda b: b[:,2:] - b[:,:2]
     middle = lambda b: (b[:,:2] + b[:,2:])/2
     sides = (("left", "right"), ("up", "down"))
-    where = lambda v, unit: " and ".join(f"{abs(x):.2g} {unit} too far {sides[k][int(x > 0)]}" for k,x in enumerate(v) if abs(x) > .1*np.abs(v).max())
-    cures = {f"All boxes lie {where(px, 'pixels')}": lambda b: b - np.tile(px, 2),
-             f"All boxes lie {where(share, 'of their size')}": lambda b: b - np.tile(share*side(b)/np.maximum(size, .1), (1, 2)),
-             f"All boxes are {size[0]:.2f} times as wide and {size[1]:.2f} times as high as their objects": lambda b: np.concatenate([middle(b) - side(b)/size/2, middle(b) + side(b)/size/2], 1)}
+    where = lambda v, unit: "Boxes lie " + " and ".join(f"{abs(x):.2g} {unit} too far {sides[k][int(x > 0)]}" for k,x in enumerate(v) if abs(x) > .1*np.abs(v).max())
+    cures = {where(px, "pixels"): lambda b: b - np.tile(px, 2),
+             where(share, "of their size"): lambda b: b - np.tile(share*side(b)/np.maximum(size, .1), (1, 2)),
+             f"Boxes are {size[0]:.2f} times as wide and {size[1]:.2f} times as high as their objects": lambda b: np.concatenate([middle(b) - side(b)/np.maximum(size, 1e-6)/2, middle(b) + side(b)/np.maximum(size, 1e-6)/2], 1)}
     tried = [(*changed(errors, images, boxes=cure), words) for words,cure in cures.items()]
     after, before, words = max(tried, key=lambda x: x[0])
-    yield after - before, f"{words}: put right, AP rises from {100*before:.0f} to {100*after:.0f}."
+    yield after - before, f"{words}, at the median: with all of them put right, AP rises from {100*before:.0f} to {100*after:.0f}."
 
-def exchanged(errors, images): # → (gain, sentence) of labels that stand for other classes
-    pairs = [(errors.truth[i], errors.found[i]) for i in images]
+def exchanged(errors, images, cost=0.): # → (gain, sentence) of labels that stand for other classes; cost: of wrong classes
+    real = lambda t: {k: t[k][~t["ignore"]] for k in ("boxes", "labels")}
+    pairs = [(real(errors.truth[i]), errors.found[i]) for i in images]
     true, said = label_pairs([(t, f) for t,f in pairs if len(t["boxes"]) and len(f["boxes"])])
     names, k = errors.classes, len(errors.classes)
     m = np.zeros((k, k), int); np.add.at(m, (true, said), 1)
     order = np.array([int(m[t].argmax()) if m[t].max() > max(2, m[t].sum()/2) else t for t in range(k)])
     if (order == np.arange(k)).all(): return
     wrong = [t for t in range(k) if order[t] != t]
-    words = ", ".join(f"{names[t]} is called {names[order[t]]} ({m[t, order[t]]} of {m[t].sum()} times)" for t in wrong)
+    words = ", ".join(f"{names[t]} is called {names[order[t]]} ({m[t, order[t]]} of {m[t].sum()} times)" for t in wrong[:5]) + f", and {len(wrong) - 5} more" * (len(wrong) > 5)
     back = np.arange(k); back[order[wrong]] = wrong
     after, before = changed(errors, images, labels=lambda l: back[l])
-    yield (after - before, f"Classes are exchanged: {words}. Named the other way round, AP rises from {100*before:.0f} to {100*after:.0f}.") if len(set(order)) == k else (m[wrong].sum()/max(m.sum(), 1), f"Classes are confused: {words}.")
+    yield (after - before, f"Classes are exchanged: {words}. Named the other way round, AP rises from {100*before:.0f} to {100*after:.0f}.") if len(set(order)) == k else (cost, f"Classes are confused: {words}.")
 
 # %% ../../nbs/15_explore/09_errors.ipynb #unspoken
 def unspoken(errors): # → (gain, sentence) of classes that are never predicted
     said, o = np.unique(errors.detections["label"]), errors.objects[~errors.objects["ignore"]]
     there = np.unique(o["label"])
-    for k in np.setdiff1d(there, said) if len(said) else ():
-        n = int((o["label"] == k).sum())
-        yield 1/len(there), f"{errors.classes[k]} is never predicted: its {n} object{'s'*(n != 1)} cannot be found, and the mean over {len(there)} classes cannot exceed {100 - 100/len(there):.0f}."
+    never = np.setdiff1d(there, said)
+    if not len(said) or not len(never): return
+    n, names = int(np.isin(o["label"], never).sum()), [errors.classes[k] for k in never]
+    who = names[0] if len(never) == 1 else f"{', '.join(names[:5])} and {len(never) - 5} more" if len(never) > 6 else f"{', '.join(names[:-1])} and {names[-1]}"
+    yield len(never)/len(there), f"{who} {'is' if len(never) == 1 else 'are'} never predicted: {'its' if len(never) == 1 else 'their'} {n} object{'s'*(n != 1)} cannot be found, and the mean over {len(there)} classes cannot exceed {100 - 100*len(never)/len(there):.0f}."
 
 def missed_sizes(errors, cost): # → (gain, sentence) where the missed objects are much smaller, or larger, than the found ones
     sides = lambda rows: np.array([math.sqrt(max(np.prod(b[2:] - b[:2]), 0)) for b in (errors.truth[r["image"]]["boxes"][r["row"]] for r in rows)])
-    lost, found = sides(errors.of("missed")), sides(errors.objects[errors.objects["found"]])
+    lost = errors.of("missed")
+    lost, found = sides(lost[np.isin(lost["label"], errors.detections["label"])]), sides(errors.objects[errors.objects["found"]])      # of classes that are predicted at all
     if len(lost) < 3 or len(found) < 3: return
     a, b = np.median(lost), np.median(found)
     if not .6 < a/max(b, 1e-6) < 1.6: yield cost, f"Missed objects are {'small' if a < b else 'large'}: {a:.0f} pixels at the median, found ones {b:.0f}."
@@ -121,7 +125,8 @@ def crowds(errors, costs): # → (gain, sentence) of second boxes, and of classe
     if len(d) > .3*max(errors.objects["found"].sum(), 1): yield costs["duplicate"], f"{len(d)} second boxes on {len(np.unique(d[['image', 'object']]))} objects: is suppression too weak, or does each class answer for itself?"
     b = errors.of("background")
     names, n = np.unique(b["label"], return_counts=True)
-    if len(b) >= 10 and len(errors.classes) > 2 and n.max() > .7*len(b): yield costs["background"], f"{n.max()} of {len(b)} boxes on nothing are called {errors.classes[names[n.argmax()]]}."
+    real = errors.objects["label"][~errors.objects["ignore"]]
+    if len(b) >= 10 and len(errors.classes) > 2 and n.max() > .7*len(b) and (real == names[n.argmax()]).sum() < .5*len(real): yield costs["background"], f"{n.max()} of {len(b)} boxes on nothing are called {errors.classes[names[n.argmax()]]}."
 
 # %% ../../nbs/15_explore/09_errors.ipynb #diagnosis
 SAYS = {"class": "wrong classes: the place is right, the name is not", "location": "wrong places: the class is right, the box does not fit", "both": "boxes that are near an object, with a wrong place and a wrong class",
@@ -140,7 +145,7 @@ def diagnosis(
     if cost < .01: out[0] += f" The most frequent mistakes are {SAYS[max(n, key=n.get)]}: {max(n.values())} of them."
     else: out[0] += f" Most is lost by {SAYS[kind]}: {n[kind]} of them cost {100*cost:.0f} points."
     some = list(range(0, len(e.truth), -(-len(e.truth)//images)))
-    theories = [*misplacements(e, some), *exchanged(e, some), *unspoken(e), *missed_sizes(e, costs["missed"]), *crowds(e, costs)]
+    theories = [*misplacements(e, some), *exchanged(e, some, costs["class"]), *unspoken(e), *missed_sizes(e, costs["missed"]), *crowds(e, costs)]
     return out + [words for gain,words in sorted(theories, reverse=True) if gain >= least] + strange(scene.evaluator)
 
 # %% ../../nbs/15_explore/09_errors.ipynb #sheet
@@ -242,6 +247,7 @@ def explore(
     **settings, # of ErrorScene: kind, iou
 ):
     "The error browser: a widget."
+    if data is None and not isinstance(source, ErrorScene): raise ValueError("errors: data is missing, the data set that is looked at")
     scene = source if isinstance(source, ErrorScene) else ErrorScene(source, data, **settings)
     worst, most = max(KINDS, key=lambda k: scene.costs[k]), max([len(scene.images(k)) for k in KINDS] + [1])
     def view(kind=worst, number=0, label="all", score=.3, picked=-1): return render(scene, kind, number, label, score, picked)

@@ -7,14 +7,15 @@ __all__ = ['DASHES', 'RunLog', 'newest_looks', 'write_json', 'read_json', 'Look'
            'ticks', 'log_ticks', 'chart', 'stretch', 'thin', 'grid_lines', 'look_of', 'curve', 'legend', 'standing',
            'headline', 'bar', 'loss_lines', 'value_lines', 'render', 'pictures', 'Ticker', 'explore', 'drawn']
 
-# %% ../../nbs/15_explore/11_run.ipynb #2eb97e06
+# %% ../../nbs/15_explore/11_run.ipynb #a49b9a37
 import html, json, math, statistics, threading, time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from ..engine.checkpoint import write_atomic
 from ..engine.hooks import Hook, Priority
 from ..engine.logs import log_columns, with_record
-from .shell import beside, caption, in_one_line, stack
+from .shell import beside, caption, in_one_line, stack, widgets, wrong
 from ..foundations.draw import Jpeg, PALETTE, Picture, color_of, rects, svg
 from ..foundations.progress import human_time
 from ..ops.images import read_image
@@ -288,22 +289,22 @@ def explore(
     patience=600.,  # give up after so many seconds without news
 ):                  # ipywidgets.VBox; `ticker` is what looks, `picture` the HTML widget
     "A run as it goes on: a widget."
-    import ipywidgets as W
+    W = widgets()
     run, lock, style = RunLog(folder), threading.Lock(), {"description_width": "initial"}
     controls = dict(smooth=W.FloatSlider(.6, min=0, max=.98, step=.02, description="smooth", style=style), log=W.Checkbox(False, description="logarithmic", indent=False),
                     score=W.FloatSlider(.3, min=.05, max=.95, step=.05, description="score", style=style))
     again, picture = W.Button(description="look again", tooltip="read the folder and go on watching"), W.HTML(layout=W.Layout(overflow="auto"))
     box = W.VBox([W.HBox([*controls.values(), again], layout=W.Layout(flex_flow="row wrap")), picture]).add_class("ndet-run")
-    def draw(change=None):
-        with lock: picture.value = drawn(lambda: render(run, **box.state(), now=time.time()))
-    def look():
-        run.refresh(); draw()
-        s = standing(run, time.time())
-        return not s["ended"] and (s["quiet"] or 0) < patience
+    def seen(): return render(run, **box.state(), now=time.time())
+    def draw(make=seen):
+        with lock: picture.value = drawn(make)
+    def look(): # a file that cannot be read now may be there in two seconds
+        draw(lambda: (run.refresh(), seen())[1])
+        with suppress(OSError), lock: s = standing(run, time.time()); return not s["ended"] and (s["quiet"] or 0) < patience
     def begin(_=None):
         box.ticker.stop(); box.ticker = Ticker(look, every, lambda: box.comm is not None)
     box.picture, box.controls, box.state = picture, controls, lambda: {k: w.value for k,w in controls.items()}
-    for w in controls.values(): w.observe(draw, "value")
+    for w in controls.values(): w.observe(lambda change: draw(), "value")
     again.on_click(begin)
     run.refresh(); draw()
     box.ticker = Ticker(look, every, lambda: box.comm is not None)
@@ -311,6 +312,6 @@ def explore(
 
 def drawn(make)->str: # a picture, or what went wrong
     try: return str(make())
-    except Exception as e: return f"<pre style='color:#b00'>{html.escape(type(e).__name__)}: {html.escape(str(e))}</pre>"
+    except Exception as e: return wrong(e)
 
 in_one_line(__name__)      # `explore.run(folder)` does the same

@@ -106,9 +106,10 @@ def python(
     before, after,   # recipes
     name="recipe",   # of the variable that holds the first one, and then the second
     base=None,       # a file of the first one: begin with reading it
+    allow=(),        # your own packages that it names
 )->str:
     "The lines of Python that turn a recipe into another one."
-    imports, lines = ({("notebook_det.foundations.recipes", "load"): "load"}, [f"{name} = load({str(base)!r})"]) if base else ({}, [])
+    imports, lines = ({("notebook_det.foundations.recipes", "load"): "load"}, [f"{name} = load({str(base)!r}{f', allow={tuple(allow)!r}' if allow else ''})"]) if base else ({}, [])
     for path,value in _steps(before, after):
         place = name + "".join(f".{k}" if isinstance(k, str) and k.isidentifier() else f"[{k!r}]" for k in path)
         lines.append(f"del {place}" if value is fdl.NO_VALUE else f"{place} = {code(value, imports)}")
