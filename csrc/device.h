@@ -10,7 +10,10 @@
 // setup.py compiles with -fmad=false: a fused multiply-add rounds once where torch rounds twice, and overlaps are compared bit by bit.
 #pragma once
 #include "common.h"
+#include <algorithm>
+#include <array>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -18,6 +21,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 #define HOME notebook_det
 #define DEVICE CUDA
 #define SHARED(type, name, count) __shared__ type name[count]
@@ -34,11 +38,23 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 #ifdef __CUDACC__
-// Tensors are made, and kernels run, on the device of this one
+// torch calls a kernel for GPUs as soon as one tensor lies there; an address of another device would end the whole process
+inline bool on_gpu(int32_t index, const Tensor& t) { return t.is_cuda() && t.get_device_index() == index; }
+inline bool on_gpu(int32_t index, const Tensor* t) { return !t || on_gpu(index, *t); }
+inline bool on_gpu(int32_t index, const std::optional<Tensor>& t) { return !t || on_gpu(index, *t); }
+inline bool on_gpu(int32_t index, const std::vector<Tensor>& all) { return std::all_of(all.begin(), all.end(), [&](const Tensor& t) { return on_gpu(index, t); }); }
+
+template <class... X> int32_t shared_by(const Tensor& t, const X&... others) {
+  const int32_t index = t.get_device_index();
+  require((on_gpu(index, t) && ... && on_gpu(index, others)), "notebook_det: the tensors of a call must lie on one device");
+  return index;
+}
+
+// Tensors are made, and kernels run, on the device of the first; the others must lie there too
 struct On {
   int32_t index;
   ts::accelerator::DeviceGuard guard;
-  explicit On(const Tensor& t) : index(t.get_device_index()), guard(index) {}
+  template <class... X> explicit On(const Tensor& t, const X&... others) : index(shared_by(t, others...)), guard(index) {}
 };
 
 // kernel(arguments…) by blocks × threads, on the current stream
@@ -46,11 +62,17 @@ template <class... P, class... A> void launch(const On& on, void (*kernel)(P...)
   if (blocks == 0) return;
   require(blocks <= INT32_MAX, "notebook_det: more than 2³¹ blocks of threads");
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.index, &stream));
   kernel<<<unsigned(blocks), unsigned(threads), 0, cudaStream_t(stream)>>>(P(a)...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 #endif
+
+// Data of a new tensor; hides the one of common.h, which asks Linux for huge pages: an address of a GPU is none of Linux's business
+template <class T> T* out(Tensor& t) {
+  static T none{};
+  return t.numel() ? (T*)t.mutable_data_ptr() : &none;
+}
 
 inline int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
@@ -77,7 +99,7 @@ inline std::optional<Tensor> whole(const std::optional<Tensor>& t) { return t ? 
 // Falling, ties by index: values and int64 indices
 inline std::tuple<Tensor, Tensor> sorted(const Tensor& x) {
   std::array<StableIValue, 4> stack{ts::detail::from(x), ts::detail::from(std::optional<bool>(true)), ts::detail::from(int64_t(-1)), ts::detail::from(true)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {ts::detail::to<Tensor>(stack[0]), ts::detail::to<Tensor>(stack[1])};
 }
 

@@ -101,7 +101,7 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 namespace ndet {
 namespace gpu {
 
-struct On { explicit On(const Tensor&) {} };
+struct On { template <class... X> explicit On(const Tensor&, const X&...) {} };
 
 template <class... P, class... A> void launch(const On&, void (*kernel)(P...), int64_t blocks, int threads, A... a) {
   if (blocks == 0) return;

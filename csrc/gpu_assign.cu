@@ -103,7 +103,7 @@ template <class T> __global__ void finish(const Job<T> j) {
 }
 
 template <class T> void assign(const Tensor& priors, const Tensor& objects, Job<T> j) {
-  const On on(priors);
+  const On on(priors, objects);
   const int64_t blocks = pieces(j.A, PRIORS);
   const ScalarType whole = sizeof(T) == 4 ? ScalarType::Int : ScalarType::Long;
   const int64_t G = j.G, firsts = j.all ? 0 : j.G, claims = j.all ? 0 : j.A;        // nvcc chokes on members inside of { }

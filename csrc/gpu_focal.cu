@@ -92,7 +92,7 @@ template <class F> void prepare(const Tensor& x, const Tensor& label, const std:
 }
 
 Tensor focal_loss(const Tensor& x_, const Tensor& label_, const std::optional<Tensor>& weight_, double gamma, double alpha) {
-  const On on(x_);
+  const On on(x_, label_, weight_);
   const Tensor x = ts::contiguous(x_), label = ts::contiguous(label_);
   const std::optional<Tensor> weight = whole(weight_);
   Tensor total = ts::new_empty(x, {}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float), part = ts::new_empty(x, {BLOCKS}, ScalarType::Double);
@@ -106,7 +106,7 @@ Tensor focal_loss(const Tensor& x_, const Tensor& label_, const std::optional<Te
 }
 
 Tensor focal_loss_backward(const Tensor& grad, const Tensor& x_, const Tensor& label_, const std::optional<Tensor>& weight_, double gamma, double alpha) {
-  const On on(x_);
+  const On on(x_, label_, weight_, grad);
   const Tensor x = ts::contiguous(x_), label = ts::contiguous(label_);
   const std::optional<Tensor> weight = whole(weight_);
   Tensor to = ts::new_empty(x, x.sizes());

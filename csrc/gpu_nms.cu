@@ -85,8 +85,8 @@ template <class T> __global__ void overlap(const Walk<T> w, int64_t r0, int64_t 
   }
 }
 
-// One block of WALKERS threads
-template <class T> __global__ void walk(const Walk<T> w, int64_t r0, int64_t r1) {
+// One block
+template <class T> __global__ void __launch_bounds__(WALKERS, 1) walk(const Walk<T> w, int64_t r0, int64_t r1) {
   SHARED(Word, diagonal, TILE);
   SHARED(int, chosen, TILE);
   SHARED(int, total, 1);
@@ -135,10 +135,10 @@ struct Found { Tensor row, label, count; };
 // `own`, `classes`: boxes are [n,4], or [rows,classes,4] of a table of scores
 template <class T> Found find(const Tensor& boxes, const Tensor& scores, const Tensor* groups, bool table, const double* least, double threshold, int64_t max_keep) {
   require(threshold >= 0, "nms: iou_threshold must be 0 or more");
-  const On on(boxes);
+  const On on(boxes, scores, groups);
   const int64_t n = scores.numel(), classes = table ? more<int64_t>(scores.size(1), 1) : 1, keep = max_keep < 0 ? n : max_keep;
   const bool own = boxes.dim() == 3;
-  require(boxes.numel() == 4 * (own ? n : n / classes) && scores.scalar_type() == boxes.scalar_type() && n <= INT32_MAX, "nms: boxes and scores must have one type and fit each other");
+  require(boxes.numel() == 4 * (own || !table ? n : scores.size(0)) && scores.scalar_type() == boxes.scalar_type() && n <= INT32_MAX, "nms: boxes and scores must have one type and fit each other");
   require(!groups || (groups->scalar_type() == ScalarType::Long && groups->numel() == n), "nms: groups must be int64, one for each box");
   Found f{ts::new_empty(boxes, {keep}, ScalarType::Long), ts::new_empty(boxes, {table ? keep : 0}, ScalarType::Long), ts::new_empty(boxes, {}, ScalarType::Long)};
   ts::fill_(f.row, -1), ts::fill_(f.label, -1), ts::zero_(f.count);

@@ -140,7 +140,7 @@ template <class T, class A> Job<T, A> prepare(const char* op, const Tensor& map,
 }
 
 Tensor deform_roi_pool(const Tensor& features, const Tensor& rois_, const std::optional<Tensor>& offset_, int64_t P, int64_t Q, double scale, int64_t ratio, double gamma) {
-  const On on(features);
+  const On on(features, rois_, offset_);
   const Tensor map = ts::contiguous(features, NHWC), rois = ts::contiguous(rois_);
   const std::optional<Tensor> offset = whole(offset_);
   Tensor pooled = ts::new_empty(map, {rois.size(0), P, Q, map.size(1)});
@@ -155,7 +155,7 @@ Tensor deform_roi_pool(const Tensor& features, const Tensor& rois_, const std::o
 
 std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_, const Tensor& features, const Tensor& rois_, const std::optional<Tensor>& offset_, int64_t P, int64_t Q, double scale,
                                                     int64_t ratio, double gamma) {
-  const On on(features);
+  const On on(features, rois_, grad_, offset_);
   const Tensor grad = ts::contiguous(grad_), map = ts::contiguous(features, NHWC), rois = ts::contiguous(rois_);
   const std::optional<Tensor> offset = whole(offset_);
   Tensor dmap = ts::empty_like(map), sums = map.scalar_type() == rois.scalar_type() ? dmap : ts::to(dmap, rois.scalar_type());
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_, const T
 }
 
 std::tuple<Tensor, Tensor> max_roi_pool(const Tensor& features, const Tensor& rois_, int64_t P, int64_t Q, double scale) {
-  const On on(features);
+  const On on(features, rois_);
   const Tensor map = ts::contiguous(features, NHWC), rois = ts::contiguous(rois_);
   Tensor pooled = ts::new_empty(map, {rois.size(0), P, Q, map.size(1)}), best = ts::new_empty(map, {rois.size(0), P, Q, map.size(1)}, ScalarType::Int);
   by_any_type("max_roi_pool", map, [&](auto t) {

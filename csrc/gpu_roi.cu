@@ -196,7 +196,7 @@ template <class T, class A> Job<T, A> prepare(const std::vector<Tensor>& maps, c
 
 Tensor roi_align(const std::vector<Tensor>& maps, const Tensor& rois_, const Tensor& level_, int64_t P, int64_t Q, const std::vector<double>& scales, int64_t ratio, bool aligned) {
   require(!maps.empty(), "roi_align: at least one level");
-  const On on(rois_);
+  const On on(rois_, level_, maps);
   const Tensor rois = ts::contiguous(rois_), level = ts::contiguous(level_);
   Tensor pooled = ts::new_empty(maps[0], {rois.size(0), maps[0].size(1), P, Q});
   by_any_type("roi_align", maps[0], [&](auto t) {
@@ -212,7 +212,7 @@ Tensor roi_align(const std::vector<Tensor>& maps, const Tensor& rois_, const Ten
 std::vector<Tensor> roi_align_backward(const Tensor& grad_, const std::vector<Tensor>& maps, const Tensor& rois_, const Tensor& level_, int64_t P, int64_t Q,
                                        const std::vector<double>& scales, int64_t ratio, bool aligned) {
   require(!maps.empty(), "roi_align: at least one level");
-  const On on(rois_);
+  const On on(rois_, level_, maps, grad_);
   const Tensor grad = ts::contiguous(grad_), rois = ts::contiguous(rois_), level = ts::contiguous(level_);
   std::vector<Tensor> grads, sums;
   for (const Tensor& m : maps) {

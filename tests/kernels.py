@@ -37,6 +37,15 @@ def close(got, want, eps, scale=1., **note):
         assert off <= eps*scale*max(1., w.abs().max().item()), (off, note)
 
 
+def trace(f):
+    "Of a call that has been warmed up: names of what waits for the GPU or copies to the host, in the profiler's trace; kernels launched."
+    from torch.profiler import ProfilerActivity, profile
+    f(); torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p: f()
+    names = [e.name for e in p.events()]                              # the profiler itself ends with a cudaDeviceSynchronize
+    return sorted({n for n in names if "Synchronize" in n and n != "cudaDeviceSynchronize" or "DtoH" in n or n in ("aten::item", "aten::nonzero")}), sum("LaunchKernel" in n for n in names)
+
+
 def raises(f, words):
     try: f()
     except RuntimeError as e: assert words in str(e), e
@@ -95,6 +104,7 @@ def nms_at_the_edges(ops, dev):
     none = torch.zeros(0, 4, device=dev), torch.zeros(0, device=dev)
     same(ops.nms(*none, .5, -1), torch.zeros(0, dtype=torch.int64)); same(ops.nms_fixed(*none, None, .5, 3), (torch.full((3,), -1), torch.tensor(0)))
     same(ops.multiclass_nms(none[0], torch.zeros(0, 3, device=dev), .1, .5, 9), (torch.zeros(0, dtype=torch.int64),)*2)
+    same(ops.multiclass_nms(torch.zeros(5, 4, device=dev), torch.zeros(5, 0, device=dev), .1, .5, 9), (torch.zeros(0, dtype=torch.int64),)*2)                          # no classes
     same(ops.nms(torch.zeros(300, 4, device=dev), torch.arange(300., device=dev), 0., -1), torch.arange(299, -1, -1))                     # without area: all stay
     one = torch.tensor([[0., 0, 10, 10]])
     same(ops.nms(one.repeat(300, 1).to(dev), torch.zeros(300, device=dev), .5, -1), torch.tensor([0]))                                 # all alike: the first

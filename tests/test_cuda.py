@@ -31,8 +31,9 @@ def test_every_operator_has_its_kernel():
 
 
 @built
+@pytest.mark.parametrize("device", [f"cuda:{k}" for k in range(max(1, min(2, torch.cuda.device_count())))])        # the second is not the current one
 @pytest.mark.parametrize("case", kernels.CASES, ids=lambda f: f.__name__)
-def test_a_kernel_is_its_reference(case): case(OPS, DEV)
+def test_a_kernel_is_its_reference(case, device): case(OPS, device)
 
 
 @built
@@ -78,6 +79,31 @@ def test_suppression_and_assignment_do_not_wait():
         matched = max_iou_assign(b, b[:20], .5, .4), max_iou_assign(b, b[:20], .5, .4, assign_all=False)
         with pytest.raises(RuntimeError): nms.nms(b, s, .5)                 # this one has to: its answer has a length. So the switch works
     assert kept[0][1] > 0 and kept[1][1] >= kept[0][1] and matched[0][1].sum() > 0
+
+
+@built
+def test_a_trace_shows_no_wait():
+    "torch's switch knows of torch's own waits; the profiler sees every call of the CUDA runtime."
+    b, s = (x.to(DEV) for x in kernels.some_boxes(3000, 0))
+    groups = torch.arange(3000, device=DEV) % 3
+    assert kernels.trace(lambda: nms.nms(b, s, .5))[0]                       # this one has to: the trace works
+    for f in (lambda: nms.nms_fixed(b, s, .5, 100), lambda: nms.nms_fixed(b, s, .5, -1, groups), lambda: max_iou_assign(b, b[:20], .5, .4), lambda: max_iou_assign(b, b[:20], .5, .4, assign_all=False)):
+        waits, launches = kernels.trace(f)
+        assert not waits and launches > 1
+
+
+@built
+def test_tensors_of_two_devices_are_refused():
+    "A kernel that was given an address of the host would end the process."
+    b, s = kernels.some_boxes(20, 0)
+    maps, rois, level, scales = kernels.scene(4)
+    x, labels, one, offset = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64), torch.ones(()), torch.zeros(12, 2, 3, 3)
+    for op, tensors, rest in ((OPS.nms, (b, s), (.5, -1)), (OPS.nms_fixed, (b, s, labels.repeat(4)), (.5, 9)), (OPS.multiclass_nms, (b, s[:,None]), (.1, .5, 9)), (OPS.max_iou_assign, (b, b[:3]), (.5, -1., .4, 0., True, True)),
+                              (OPS.roi_align, (maps, rois, level), (3, 3, scales, 0, True)), (OPS.max_roi_pool, (maps[0], rois), (3, 3, .25)), (OPS.deform_roi_pool, (maps[0], rois, offset), (3, 3, .25, 2, .1)),
+                              (OPS.focal_loss, (x, labels, x), (2., .25)), (OPS.focal_loss_backward, (one, x, labels, None), (2., .25))):
+        for k in range(len(tensors)):
+            if tensors[k] is not None: kernels.raises(lambda: op(*[kernels.to(DEV, t) if i == k else t for i, t in enumerate(tensors)], *rest), "one device")
+    torch.cuda.synchronize()
 
 
 @built
