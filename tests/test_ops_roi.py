@@ -227,6 +227,14 @@ def test_pools_are_their_references(rows, h, w, double, seed):
             for p, q in zip(pool.deform_backward_op(grad, *args), REF["notebook_det::deform_roi_pool_backward"](grad, *args)): assert torch.allclose(p, q, atol=1e-7)
 
 
+def test_nothing_comes_back_from_bins_without_a_pixel():
+    "A GPU answers -1 for a box of an image that is not there; its gradient must not go anywhere."
+    class Ctx: shape, saved_tensors = (2, 3, 4, 5), (torch.tensor([[0., 0, 0, 9, 9], [7, 0, 0, 9, 9]]), torch.full((2, 1, 1, 3), -1, dtype=torch.int32))
+    Ctx.saved_tensors[1][0] = 6
+    slope = pool._max_backward(Ctx, torch.ones(2, 1, 1, 3), None)[0]
+    assert slope.shape == Ctx.shape and slope.sum() == 3 and (slope[0,:,1,1] == 1).all()
+
+
 def test_pools_torchs_checks():
     maps, rois, *_ = scene(3, 4, shapes=((6, 7),)); f = maps[0]; rois[:,1:] = rois[:,1:].clamp(2, 20)
     o = torch.randn(4, 2, 3, 2, generator=torch.Generator().manual_seed(0))

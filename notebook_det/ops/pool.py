@@ -58,7 +58,7 @@ def _max_backward(ctx, grad, _):
     rois, best = ctx.saved_tensors
     B, C, H, W = ctx.shape
     pixel = rois[:,0].long()[:,None,None,None]*H*W + best                        # [R,h,w,C]
-    to = (pixel*C + torch.arange(C, device=best.device)).clamp(min=0)
+    to = torch.where(best >= 0, pixel*C + torch.arange(C, device=best.device), 0)     # an empty bin adds 0 to the first number
     flat = grad.new_zeros(B*H*W*C).index_add(0, to.flatten(), torch.where(best >= 0, grad, 0).flatten())
     return flat.view(B, H, W, C).permute(0, 3, 1, 2), None, None, None, None
 
