@@ -55,8 +55,8 @@ readme site export: $(VENV)/.package $(VENV)/.ci
 	@$(PY) tools/book.py $@
 
 bench: $(VENV)/.package $(VENV)/.ci
-	@set -e; for f in $(filter-out benchmarks/small.py,$(wildcard benchmarks/*.py)); do echo "$$f"; $(PY) $$f; done
-	@echo "The small protocol takes hours, a method at a time: $(PY) benchmarks/small.py METHOD"
+	@set -e; for f in $(filter-out benchmarks/small.py benchmarks/ablation.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$f"; $(PY) $$f; done
+	@echo "The small protocol takes hours, a method at a time: $(PY) benchmarks/small.py METHOD (or benchmarks/ablation.py); on a GPU: $(PY) benchmarks/gpu.py"
 
 prepare: export
 	@$(PY) tools/book.py clean
