@@ -181,6 +181,42 @@ def test_deform_conv_in_pieces_and_threads(monkeypatch):
         assert torch.allclose(got, want, atol=1e-4) and all(torch.allclose(p, q, atol=2e-3, rtol=1e-4) for p, q in zip(g, grads))
 
 
+@few
+@given(st.integers(1, 3), st.sampled_from([(8, 1), (8, 4), (40, 2), (300, 3)]), st.sampled_from([3, 17, 32, 75]), st.sampled_from([(3, 3), (1, 1), (2, 3)]), st.tuples(st.integers(1, 2), st.integers(1, 2)),
+       st.booleans(), st.sampled_from([.3, 2., 20.]), st.sampled_from([(1, 1), (7, 9), (13, 21)]), st.integers(0, 99))
+def test_deform_product_is_the_reference(images, channels, out, kernel, stride, masked, spread, size, seed):
+    g, (C, sets), cells = torch.Generator().manual_seed(seed), channels, kernel[0]*kernel[1]
+    h, w = ((n + 2 - k)//s + 1 for n, k, s in zip(size, kernel, stride))
+    x, o, weight = torch.randn(images, C, *size, generator=g), torch.randn(images, 2*sets*cells, h, w, generator=g)*spread, torch.randn(out, C, *kernel, generator=g)/(C*cells)**.5
+    m, geometry = torch.rand(images, sets*cells, h, w, generator=g) if masked else None, [*kernel, *stride, 1, 1, 1, 1]
+    want = REF["notebook_det::deform_product"](*(None if t is None else t.double() for t in (x, o, m, weight)), geometry)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try: got = D.product_op(x, o, m, weight, geometry)
+        finally: torch.set_num_threads(before)
+        assert got.shape == (images*h*w, out) and (got - want).abs().max() < 2e-4
+
+
+def test_deform_product_at_the_edges():
+    args = lambda x, o, w: (x, o, None, w, [3, 3, 1, 1, 1, 1, 1, 1])
+    x, o, w = torch.randn(2, 8, 5, 6), torch.zeros(2, 18, 5, 6), torch.randn(4, 8, 3, 3)
+    assert D.product_op(*args(x[:0], o[:0], w)).shape == (0, 4) and D.product_op(*args(x, o, w[:0])).shape == (60, 0)
+    assert torch.equal(D.product_op(*args(x[:, :0], o, w[:, :0])), torch.zeros(60, 4))
+    for value in (inf, -inf, nan, 1e38): assert torch.equal(D.product_op(*args(x, torch.full_like(o, value), w)), torch.zeros(60, 4))
+    wide = torch.randn(1, 32, 100, 168); o, w = torch.randn(1, 18, 100, 168), torch.randn(40, 32, 3, 3)              # more than 20 ms: the places are shared out
+    before = torch.get_num_threads(); got = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try: got.append(D.product_op(*args(wide.repeat(1, 4, 1, 1), o, w.repeat(2, 4, 1, 1))))
+        finally: torch.set_num_threads(before)
+    assert torch.equal(*got)                                                                                            # whoever sums, the order is the same
+    torch.library.opcheck(D.product_op, args(x, torch.randn(2, 18, 5, 6), torch.randn(4, 8, 3, 3)))
+    if library.has_kernel("deform_product"):
+        for wrong in (args(x, torch.zeros(2, 18, 5, 6), torch.randn(4, 7, 3, 3)), args(x.double(), torch.zeros(2, 18, 5, 6).double(), torch.randn(4, 8, 3, 3).double())):
+            with pytest.raises(RuntimeError, match="deform_product: "): D.product_op(*wrong)
+
+
 def test_deform_torchs_checks():
     for masked in (True, False):
         x, o, w, b, stride, padding, dilation, m = layer(2, 1, masked=masked, channels=4, images=1, size=(4, 5))
