@@ -1,7 +1,7 @@
 """pytest glue: nbs/**/*.ipynb are tests (the same cells as `nbdev_test` runs), in the processes of pytest, so that torch is imported once in each.
 
 Options: --nbflags "slow gpu" runs cells that bear these flags; --nblimit 240 is the time limit of a notebook in seconds."""
-import atexit, os, random, signal, sys, threading
+import atexit, os, random, signal, sys, tempfile, threading
 from pathlib import Path
 import pytest
 
@@ -98,12 +98,15 @@ def registered():
 
 
 class unchanged:
-    "What one notebook sets must not be there for the next one: directory, paths, seeds, threads, plot settings."
+    "What one notebook sets must not be there for the next one: directory, paths, seeds, threads, plot settings, and no temporary files for anybody."
     def __enter__(self):
         import matplotlib, numpy, torch
         self.old, self.plots = (os.getcwd(), list(sys.path), dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()), matplotlib.rc_context()
         self.plots.__enter__()
         self.operators = [(d, dict(d)) for d in registered()]
+        self.tempdir, self.folder = tempfile.tempdir, tempfile.TemporaryDirectory(ignore_cleanup_errors=True)   # what it compiles may stay for others
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir())/f"torchinductor_{os.getuid() if hasattr(os, 'getuid') else 0}"))
+        os.environ["TMPDIR"] = tempfile.tempdir = self.folder.name
         random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
 
     def __exit__(self, *_):
@@ -113,6 +116,7 @@ class unchanged:
         for d, entries in self.operators: d.clear(); d.update(entries)
         os.chdir(cwd); sys.path[:] = path
         os.environ.clear(); os.environ.update(env)
+        tempfile.tempdir = self.tempdir; self.folder.cleanup()
         torch.set_num_threads(threads); torch.set_default_dtype(dtype); torch.set_grad_enabled(True)
         torch.use_deterministic_algorithms(False)
 
